@@ -1,0 +1,37 @@
+# make run     train, plot and explain: the notebook, executed to runs/Session_8.ipynb and .html
+# make test    the same set-up, then all tests
+# make lint    ruff
+# make clean   delete the environment
+#
+# The notebook's constants are set by name:  make run EPOCHS=5 RECIPE=one_cycle
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE
+
+.PHONY: run test lint clean
+
+# Made once; made again when the requirements change.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+run: $(VENV)/installed
+	mkdir -p runs
+	$(BIN)/papermill Session_8.ipynb runs/Session_8.ipynb --kernel python3 --no-progress-bar \
+		--stdout-file - --stderr-file - \
+		$(foreach name,$(CONSTANTS),$(if $($(name)),-p $(name) '$($(name))'))
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams runs/Session_8.ipynb
+	$(BIN)/jupyter nbconvert --to html runs/Session_8.ipynb
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)
