@@ -15,7 +15,8 @@ CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE
 # Made once; made again when the requirements change.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), once. PyTorch's default build for Linux is several GB."
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
@@ -23,7 +24,7 @@ run: $(VENV)/installed
 	mkdir -p runs
 	$(BIN)/papermill Session_8.ipynb runs/Session_8.ipynb --kernel python3 --no-progress-bar \
 		--stdout-file - --stderr-file - \
-		$(foreach name,$(CONSTANTS),$(if $($(name)),-p $(name) '$($(name))'))
+		$(foreach name,$(CONSTANTS),$(if $(findstring command,$(origin $(name))),-p $(name) '$($(name))'))
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams runs/Session_8.ipynb
 	$(BIN)/jupyter nbconvert --to html runs/Session_8.ipynb
 

@@ -4,16 +4,13 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
-import albumentations
-import numpy as np
 import torch
-import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -60,7 +57,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
         "device": device_name(device),
         "versions": {
             "python": platform.python_version(),
-            **{package.__name__: package.__version__ for package in (torch, torchvision, albumentations, np)},
+            **{name: version(name) for name in ("torch", "torchvision", "albumentations", "numpy")},
         },
         "commit": _commit(),
         "seconds": round(sum(history["seconds"]), 1),
@@ -68,9 +65,11 @@ def write_record(path, model, train_split, test_split, config, history, device):
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        json.dump(record, file, indent=1)
-    os.replace(file.name, path)
+    # JSON has no words for NaN and infinity: they become null.
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, path)
     return record
 
 

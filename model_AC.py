@@ -1,5 +1,7 @@
 """The network: a small CNN for 32 by 32 images."""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -24,12 +26,10 @@ class AdvancedCNN(nn.Module):
       comes straight after the first convolution, so that everything behind it sees a quarter of the pixels; the
       second convolution mixes what the pooling kept. (The shape of the network of github.com/KellerJordan/
       cifar10-airbench; sizes, stem, head and training are others.)
-    - Width grows where pixels are few: a channel in block 3 costs a twentieth of one in block 1, and it is the late
-      channels that tell a cat from a dog. A 3 by 3 grid of positions, each of which sees the whole image, is left.
-    - Batch norm in place of convolution biases keeps a constant rate of 0.01 stable without warm-up; GELU is smooth,
-      and on a CPU as fast as ReLU.
-    - Global average pooling makes the head small and indifferent to position; dropout before the dense layer is the
-      only other regulariser, since augmentation and batch norm do most of that work.
+    - Width grows where pixels are few: a weight in block 3 is used on a twentieth of the positions of one in block 1.
+      A 3 by 3 grid is left, of which each position sees (nearly) the whole image.
+    - Batch norm takes the place of the convolutions' biases, and keeps the scale of what each layer receives.
+    - Global average pooling makes the head small and indifferent to position; dropout comes before the dense layer.
 
     num_classes: how many outputs. dropout: the share of features dropped before the dense layer, from 0 to below 1.
     width: multiplies all widths. Raises ValueError for values out of range.
@@ -46,7 +46,7 @@ class AdvancedCNN(nn.Module):
         self.width = width
         stem, *widths = (max(8, round(width * channels / 8) * 8) for channels in (24, 40, 128, 160))
         self.stem = nn.Sequential(nn.Conv2d(3, stem, kernel_size=2), nn.GELU())
-        self.blocks = nn.Sequential(*(_block(i, o) for i, o in zip([stem, *widths], widths, strict=False)))
+        self.blocks = nn.Sequential(*(_block(i, o) for i, o in pairwise([stem, *widths])))
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(widths[-1], num_classes)
 

@@ -123,8 +123,8 @@ def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transfo
 
     train: pad by 4 pixels, shuffle, and apply `train_transforms()`; else keep the order and apply
     `test_transforms()`. transform: another albumentations pipeline instead. The batches depend on `seed` and on the
-    epoch given to the loader's `set_epoch(n)`, not on num_workers, whose default is 0 on a CPU (the cores that
-    train are the ones that would load) and up to 4 beside a GPU.
+    epoch given to the loader's `set_epoch(n)`, not on num_workers, whose default is up to 4 for training where
+    there is a GPU and else 0: on a CPU the cores that would load are the ones that train.
 
     Raises ValueError for a batch size below 1 or a negative number of workers, TypeError for a transform that is
     not albumentations'; and, on iteration, ValueError for one that does not return uint8 (32, 32, 3).
@@ -132,7 +132,7 @@ def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transfo
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1, for instance 128")
     if num_workers is None:
-        num_workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+        num_workers = min(4, os.cpu_count() or 1) if train and torch.cuda.is_available() else 0
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}; expected 0 (load in this process) or more")
     if transform is None:
@@ -289,7 +289,9 @@ def make_optimizer(model, config):
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    # Unfused, SGD makes the GPU wait in every step that scales the loss for float16.
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
 
 
 def _train_step(model, images, labels, optimizer, scaler, config, device):
@@ -319,11 +321,12 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None):
     Returns (loss, accuracy): mean NLL over the images, without label smoothing, and percent correct, both as the
     images came by, augmented and with dropout.
     """
+    device = get_device(device)
     scaler = scaler or _make_scaler(config, device)
     model.train()
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
     refreshed = time.monotonic()
-    with tqdm(total=len(loader), file=sys.stdout, mininterval=0) as bar:
+    with tqdm(total=len(loader), file=sys.stdout, mininterval=0, miniters=1) as bar:
         for batch_id, (images, labels) in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at((epoch + batch_id / len(loader)) / config.epochs)
@@ -343,6 +346,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None):
 @torch.no_grad()
 def test(model, loader, config, device):
     """Test in one pass and print the result. Returns (loss, accuracy): mean NLL over the images, percent correct."""
+    device = get_device(device)
     model.eval()
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in loader:
@@ -360,9 +364,11 @@ def test(model, loader, config, device):
 def _prepare(model, train_split, test_split, config, device):
     """What training needs, made from the recipe: (train loader, test loader, optimizer, scaler)."""
     batch_size = config.batch_size or (64 if device.type == "cpu" else 128)
+    workers = None if device.type == "cuda" else 0
     model.to(device, memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = True
     return (
-        make_loader(train_split, batch_size, train=True, seed=config.seed),
+        make_loader(train_split, batch_size, train=True, seed=config.seed, num_workers=workers),
         make_loader(test_split, 500, train=False),
         make_optimizer(model, config),
         _make_scaler(config, device),
@@ -382,7 +388,6 @@ def fit(model, train_split, test_split, config, device=None):
     device = get_device(device)
     train_loader, test_loader, optimizer, scaler = _prepare(model, train_split, test_split, config, device)
     torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True
     precision = str(mixed_precision(config, device) or torch.float32).removeprefix("torch.")
     sizes = f"{len(train_split):,} images, {len(test_split):,} for testing"
     print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs on {device.type} in {precision}\n")
@@ -403,22 +408,22 @@ def fit(model, train_split, test_split, config, device=None):
     return history
 
 
-def estimate_seconds(model, train_split, test_split, config, device=None, steps=12):
+def estimate_seconds(model, train_split, test_split, config, device=None):
     """Estimate how many seconds `fit` will take, by timing a few steps on a copy of the model.
 
-    Leaves the model and the random states as they were.
+    Leaves the model and PyTorch's random states on the CPU and CUDA as they were.
     """
     device = get_device(device)
     model = deepcopy(model)
     train_loader, test_loader, optimizer, scaler = _prepare(model, train_split, test_split, config, device)
 
-    def per_batch(loader, step):
+    def seconds(loader, step, steps):
         times = []
         for (images, labels), _ in zip(loader, range(steps), strict=False):
             step(images, labels).item()  # waits for the device
             times.append(time.perf_counter())
         # The first steps allocate memory and choose kernels: the median of the gaps leaves them out.
-        return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        return len(loader) * float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
     def train_step(images, labels):
         return _train_step(model, images, labels, optimizer, scaler, config, device)[0]
@@ -429,7 +434,7 @@ def estimate_seconds(model, train_split, test_split, config, device=None, steps=
 
     with torch.random.fork_rng():
         model.train()
-        train_seconds = per_batch(train_loader, train_step) * len(train_loader)
+        train_seconds = seconds(train_loader, train_step, steps=30)
         model.eval()
-        test_seconds = per_batch(test_loader, test_step) * len(test_loader)
+        test_seconds = seconds(test_loader, test_step, steps=5)
     return config.epochs * (train_seconds + test_seconds)

@@ -1,0 +1,65 @@
+"""Small copies of CIFAR-10 on disk, in both layouts, for the tests and for the notebook's smoke run."""
+
+import hashlib
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image
+
+import cifar10
+
+
+def class_folders(root, per_train=2, per_test=1, suffix=".png", seed=0):
+    """Write train/<class>/ and test/<class>/ with images of the synthetic stand-in; return both splits."""
+    splits = cifar10.synthetic_cifar10(10 * per_train, 10 * per_test, seed)
+    for name, split in zip(("train", "test"), splits, strict=True):
+        for index, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            folder = Path(root) / name / cifar10.CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:05}{suffix}")
+    return splits
+
+
+def official_batches(root, monkeypatch, per_batch=20):
+    """Write cifar-10-batches-py/ with small batches, and have torchvision expect their checksums."""
+    train, test = cifar10.synthetic_cifar10(5 * per_batch, per_batch)
+    folder = Path(root) / cifar10.BATCHES
+    folder.mkdir(parents=True)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name, images, labels):
+        rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)  # the archive's order: channel, row, column
+        return write(name, {"data": rows, "labels": labels.tolist()})
+
+    parts = [slice(i * per_batch, (i + 1) * per_batch) for i in range(5)]
+    lists = [batch(f"data_batch_{i + 1}", train.images[part], train.labels[part]) for i, part in enumerate(parts)]
+    expected = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(expected, "train_list", lists)
+    monkeypatch.setattr(expected, "test_list", [batch("test_batch", test.images, test.labels)])
+    filename, md5 = write("batches.meta", {"label_names": list(cifar10.CLASSES)})
+    monkeypatch.setattr(expected, "meta", {"filename": filename, "key": "label_names", "md5": md5})
+    return train, test
+
+
+def official_archive(root, monkeypatch):
+    """Write cifar-10-python.tar.gz with small batches, and have cifar10 expect its checksum."""
+    root = Path(root)
+    splits = official_batches(root / "unpacked", monkeypatch)
+    archive = root / cifar10.ARCHIVE
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root / "unpacked" / cifar10.BATCHES, cifar10.BATCHES)
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive, splits
+
+
+def position_coded(n):
+    """n equal images that carry each pixel's row + 1 and column + 1 in their channels; labels by turns."""
+    rows, columns = np.meshgrid(np.arange(1, 33), np.arange(1, 33), indexing="ij")
+    image = np.stack([rows, columns, np.full_like(rows, 255)], axis=-1).astype(np.uint8)
+    return cifar10.Split(np.repeat(image[None], n, axis=0), np.arange(n) % 10, "position-coded")

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from checkpoint import count_macs
+from model_AC import AdvancedCNN
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return AdvancedCNN()
+
+
+def test_returns_log_probabilities(model):
+    log_probs = model(torch.randn(4, 3, 32, 32))
+    assert log_probs.shape == (4, 10)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(4))
+
+
+def test_every_parameter_gets_a_gradient(model):
+    nn.functional.nll_loss(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+def test_evaluation_is_deterministic_and_training_drops_out():
+    torch.manual_seed(0)
+    model, images = AdvancedCNN(dropout=0.5), torch.randn(4, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_has_what_the_seed_project_promises(model):
+    kinds = {kind: sum(isinstance(module, kind) for module in model.modules()) for kind in (
+        nn.Conv2d, nn.BatchNorm2d, nn.Dropout, nn.Linear)}  # fmt: skip
+    assert kinds[nn.Conv2d] > 3 and kinds[nn.BatchNorm2d] > 3 and kinds[nn.Dropout] == 1 and kinds[nn.Linear] == 1
+
+
+def test_stays_within_its_budget(model):
+    assert count_macs(model) <= 42e6
+    assert sum(p.numel() for p in model.parameters()) <= 1.3e6
+
+
+def test_macs_agree_with_a_count_by_hand(model):
+    macs = 0
+
+    def add(module, _, output):
+        nonlocal macs
+        macs += output[0].numel() * module.weight[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(add)
+    model.eval()(torch.zeros(1, 3, 32, 32))
+    assert count_macs(AdvancedCNN()) == macs
+
+
+def test_counting_macs_leaves_model_and_random_state_alone(model):
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    count_macs(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+
+
+def test_the_last_grid_sees_the_whole_image(model):
+    # The docstring's table says a receptive field of 51 pixels: more than the image is wide.
+    image = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    grid = image
+    for module in [*model.stem, *(layer for block in model.blocks for layer in block)]:
+        if isinstance(module, nn.Conv2d):
+            grid = nn.functional.conv2d(
+                grid, module.weight.new_ones(module.weight.shape) / module.weight[0].numel(), padding=module.padding
+            )
+        elif isinstance(module, nn.MaxPool2d):
+            grid = nn.functional.avg_pool2d(grid, module.kernel_size)
+    assert grid.shape[2:] == (3, 3)
+    for position in range(3):
+        (gradient,) = torch.autograd.grad(grid[0, 0, position, position], image, retain_graph=True)
+        assert (gradient[0, 0] > 0).float().mean() > (0.85 if position == 0 else 0.999)
+
+
+@pytest.mark.parametrize("classes", [2, 100])
+def test_number_of_classes(classes):
+    assert AdvancedCNN(num_classes=classes).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
+
+
+def test_width_scales_the_network():
+    assert count_macs(AdvancedCNN(width=0.5)) < 0.4 * count_macs(AdvancedCNN())
+    assert AdvancedCNN(width=0.5).width == 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"num_classes": 1}, {"dropout": 1.0}, {"dropout": -0.1}, {"width": 0}])
+def test_wrong_arguments_are_named(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        AdvancedCNN(**wrong)

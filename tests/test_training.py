@@ -1,0 +1,306 @@
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import utils
+from analysis import collect_logits, misclassified
+from checkpoint import describe_record, write_record
+from cifar10 import MEAN, STD, Split
+from model_AC import AdvancedCNN
+from utils import Config, estimate_seconds, fit, get_device, make_loader, normalize
+
+CPU = torch.device("cpu")
+EXACT = Config(epochs=1, batch_size=32, precision="float32")
+
+
+class Linear(nn.Module):
+    """The least that can be trained: no batch norm, no dropout, so that its numbers can be computed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Linear(3072, 10)
+
+    def forward(self, x):
+        return self.dense(x.flatten(1)).log_softmax(1)
+
+    def by_hand(self, images):
+        """Log-probabilities of uint8 (N, 32, 32, 3), in double precision and NumPy alone."""
+        x = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2).reshape(len(images), -1)
+        weight, bias = (p.detach().double().numpy() for p in self.dense.parameters())
+        scores = x @ weight.T + bias
+        return scores - np.log(np.exp(scores).sum(1, keepdims=True))
+
+
+def small_network(seed=0):
+    torch.manual_seed(seed)
+    return AdvancedCNN(width=0.5)
+
+
+# -- the recipe ----------------------------------------------------------------------------------------------------
+
+
+def test_the_default_recipe_is_the_seed_projects():
+    config = Config()
+    assert (config.epochs, config.lr, config.momentum, config.schedule) == (40, 0.01, 0.9, "constant")
+    assert (config.weight_decay, config.label_smoothing, config.nesterov, config.batch_size) == (0, 0, False, None)
+    optimizer = utils.make_optimizer(AdvancedCNN(), config)
+    assert type(optimizer) is torch.optim.SGD
+    assert all(g["lr"] == 0.01 and g["momentum"] == 0.9 and g["weight_decay"] == 0 for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0}, {"epochs": -3}, {"epochs": 1.5}, {"epochs": True}, {"batch_size": 0}, {"batch_size": -64},
+        {"lr": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"momentum": 1}, {"momentum": -0.1},
+        {"weight_decay": -1}, {"label_smoothing": 1}, {"schedule": "cosine"}, {"warmup": 0}, {"warmup": 1},
+        {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
+    ],
+)  # fmt: skip
+def test_bad_input_recipe(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; expected")):
+        Config(**wrong)
+
+
+def test_bad_input_recipe_name():
+    assert Config.named("one_cycle", epochs=3) == Config.one_cycle(epochs=3)
+    with pytest.raises(ValueError, match="recipe is 'two_cycles'; expected one of 'default', 'one_cycle'"):
+        Config.named("two_cycles")
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
+    config = Config.one_cycle(lr=0.2, warmup=0.25)
+    assert config.lr_at(0.25) == pytest.approx(0.2)
+    assert config.lr_at(0.125) == pytest.approx(0.1) == config.lr_at(0.625)
+    assert config.lr_at(0) == config.lr_at(1) == 0
+    assert Config().lr_at(0.7) == 0.01
+
+
+def test_weight_decay_is_on_weights_only():
+    optimizer = utils.make_optimizer(AdvancedCNN(), Config.one_cycle())
+    decayed, spared = optimizer.param_groups
+    assert decayed["weight_decay"] == 5e-4 and spared["weight_decay"] == 0
+    assert {p.ndim for p in decayed["params"]} == {2, 4} and {p.ndim for p in spared["params"]} == {1}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(AdvancedCNN().parameters()))
+
+
+# -- device and precision ------------------------------------------------------------------------------------------
+
+
+def test_device_is_the_first_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert get_device() == get_device("cpu") == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert get_device().type == "mps" and get_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert get_device().type == "cuda"
+    with pytest.raises(ValueError, match="device is 'cuda:1', which is not to be had"):
+        get_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "meta", ""])
+def test_bad_input_unknown_device(name, monkeypatch, synthetic):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device is '{name}', .*on this machine there is cpu"):
+        fit(Linear(), *synthetic, EXACT, name)
+
+
+def test_mixed_precision_follows_the_hardware(monkeypatch):
+    cuda = torch.device("cuda")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert utils.mixed_precision(Config(), cuda) is expected
+    for amx, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx}, raising=False)
+        assert utils.mixed_precision(Config(), CPU) is expected
+    for device in (CPU, cuda):
+        assert utils.mixed_precision(Config(precision="float32"), device) is None
+
+
+def test_normalisation_is_exact_and_channels_last(synthetic):
+    images = synthetic[0].images[:5]
+    expected = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
+    result = normalize(torch.from_numpy(images), CPU)
+    np.testing.assert_allclose(result.numpy(), expected, atol=2e-6)
+    assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
+
+
+# -- training and testing ------------------------------------------------------------------------------------------
+
+
+def test_means_of_training_agree_with_an_independent_computation(synthetic):
+    split = Split(synthetic[0].images[:70], synthetic[0].labels[:70], "70 images: the last batch of 32 is partial")
+    model, loader = Linear(), make_loader(split, 32, seed=4)
+    standing_still = Config(epochs=1, lr=1e-30, momentum=0, precision="float32")
+    optimizer = utils.make_optimizer(model, standing_still)
+    loss, accuracy = utils.train(model, loader, optimizer, standing_still, CPU)
+    images, labels = (torch.cat(part).numpy() for part in zip(*loader, strict=True))
+    log_probs = model.by_hand(images)
+    nll = -log_probs[np.arange(70), labels]
+    assert loss == pytest.approx(nll.mean(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (log_probs.argmax(1) == labels).mean())
+    of_batches = np.mean([nll[:32].mean(), nll[32:64].mean(), nll[64:].mean()])
+    assert loss != pytest.approx(of_batches, rel=1e-4)  # the usual mistake would be noticed
+
+
+def test_means_of_testing_agree_with_an_independent_computation(synthetic):
+    test_split, model = synthetic[1], Linear()
+    loss, accuracy = utils.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
+    log_probs = model.by_hand(test_split.images)
+    assert loss == pytest.approx(-log_probs[np.arange(100), test_split.labels].mean(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (log_probs.argmax(1) == test_split.labels).mean())
+
+
+def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
+    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
+    config = Config(lr=0.5, momentum=0, label_smoothing=0.3, precision="float32")
+    ours, other = Linear(), Linear()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    utils._train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
+    nn.functional.cross_entropy(other.dense(normalize(images, CPU).flatten(1)), labels, label_smoothing=0.3).backward()
+    expected = other.dense.weight - 0.5 * other.dense.weight.grad
+    torch.testing.assert_close(ours.dense.weight, expected)
+
+
+def test_training_lowers_the_loss_and_learns(synthetic):
+    history = fit(small_network(), *synthetic, Config(epochs=5, batch_size=20), "cpu")
+    assert history["train_loss"][-1] < 0.7 * history["train_loss"][0]
+    assert history["test_accuracy"][-1] > 50
+
+
+def test_one_batch_can_be_overfitted(synthetic):
+    torch.manual_seed(0)
+    model, config = AdvancedCNN(width=0.5, dropout=0), Config(lr=0.05, precision="float32")
+    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
+    optimizer, scaler = utils.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(30):
+        nll, hits = utils._train_step(model, images, labels, optimizer, scaler, config, CPU)
+    assert nll < 0.05 and hits == 32
+
+
+LOG = re.compile(
+    r"(Epoch (?P<epoch>\d+)\n"
+    r"(\r[^\n]*)*\rTrain: Loss=\d+\.\d{4} Batch_id=4 Accuracy=\d+\.\d{2}: "
+    r"100%\|█{10}\| 5/5 \[\d\d:\d\d<\d\d:\d\d, +\d+\.\d\d(it/s|s/it)\]\n"
+    r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/100 \(\d+\.\d{2}%\)\n\n){2}"
+)
+
+
+def test_log_lines_are_the_seed_projects(synthetic, capsys):
+    history = fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
+    header, log = capsys.readouterr().out.split("\n\n", 1)
+    assert "synthetic stand-in, NOT CIFAR-10" in header and "300 images" in header
+    assert LOG.fullmatch(log), repr(log)
+    assert f"({history['test_accuracy'][-1]:.2f}%)" in log and f"Accuracy={history['train_accuracy'][0]:.2f}" in log
+
+
+def test_history_is_plain_and_complete(synthetic):
+    history = fit(Linear(), *synthetic, Config.one_cycle(epochs=3, batch_size=100, lr=0.01), "cpu")
+    assert set(history) == {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds"}
+    assert all(len(values) == 3 and all(type(v) is float for v in values) for values in history.values())
+    # 3 steps an epoch, 9 in all: the last steps of the epochs begin at 2/9, 5/9 and 8/9 of training.
+    expected = [0.01 * (2 / 9) / 0.25, 0.01 * (4 / 9) / 0.75, 0.01 * (1 / 9) / 0.75]
+    assert history["lr"] == pytest.approx(expected)
+    json.dumps(history)
+
+
+def test_one_seed_decides_training(synthetic):
+    def weights(seed):
+        model = small_network()
+        fit(model, *synthetic, Config(epochs=1, batch_size=64, seed=seed), "cpu")
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_the_batch_size_follows_the_device_unless_it_is_set(synthetic, capsys):
+    fit(Linear(), *synthetic, Config(epochs=1), "cpu")
+    assert " 5/5 " in capsys.readouterr().out  # 300 images in batches of 64
+    fit(Linear(), *synthetic, Config(epochs=1, batch_size=128), "cpu")
+    assert " 3/3 " in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_training_with_the_history_so_far(synthetic, capsys):
+    class Interrupted(Linear):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            if self.passes == 12:  # an epoch is 5 training batches and 1 of testing: in the middle of the second
+                signal.raise_signal(signal.SIGINT)
+            return super().forward(x)
+
+    history = fit(Interrupted(), *synthetic, Config(epochs=5, batch_size=64), "cpu")
+    assert all(len(values) == 1 for values in history.values())
+    assert "Interrupted in epoch 2" in capsys.readouterr().out
+
+
+def test_estimate_leaves_everything_as_it_was_and_is_about_right(synthetic):
+    model, config = small_network(), Config(epochs=2, batch_size=10)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    estimate = estimate_seconds(model, *synthetic, config, "cpu")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    seconds = sum(fit(model, *synthetic, config, "cpu")["seconds"])
+    assert seconds / 5 < estimate < seconds * 5  # these machines are noisy
+
+
+# -- the record and the mistakes -----------------------------------------------------------------------------------
+
+
+def test_record_names_everything(synthetic, tmp_path):
+    model, config = small_network(), Config(epochs=2, batch_size=64, seed=3)
+    history = fit(model, *synthetic, config, "cpu")
+    path = tmp_path / "new folder" / "record.json"
+    record = write_record(path, model, *synthetic, config, history, "cpu")
+    assert json.loads(path.read_text()) == record
+    assert record["model"] == "AdvancedCNN" and record["width"] == 0.5
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert "NOT CIFAR-10" in record["data"] and (record["n_train"], record["n_test"]) == (300, 100)
+    assert record["config"]["seed"] == 3 and record["history"] == history
+    assert record["seconds"] == pytest.approx(sum(history["seconds"]), abs=0.1)
+    assert {"python", "torch", "albumentations", "numpy"} <= set(record["versions"]) and record["device"]
+    assert f"{history['test_accuracy'][-1]:.2f} %" in describe_record(record)
+    assert [path.name for path in path.parent.iterdir()] == ["record.json"]
+
+
+def test_a_record_holds_null_for_what_is_no_number(synthetic, tmp_path):
+    history = {"train_accuracy": [10.0], "test_accuracy": [10.0], "test_loss": [float("nan")], "seconds": [1.0]}
+    record = write_record(tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
+    assert record["history"]["test_loss"] == [None] and "NaN" not in (tmp_path / "record.json").read_text()
+
+
+def test_a_record_of_no_whole_epoch_can_be_described(synthetic, tmp_path):
+    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")}
+    record = write_record(tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
+    assert "0 of 40 epochs" in describe_record(record)
+
+
+def test_collected_logits_agree_with_the_test_pass(synthetic):
+    test_split, model = synthetic[1], Linear()
+    logits = collect_logits(model, test_split, EXACT, "cpu")
+    np.testing.assert_allclose(logits.numpy(), model.by_hand(test_split.images), atol=1e-4)
+    _, accuracy = utils.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
+    assert len(misclassified(logits, test_split.labels).index) == round(100 - accuracy)
+
+
+def test_misclassified_images_are_found_and_sorted_by_confidence():
+    probabilities = torch.full((5, 10), 0.01)
+    for row, (label, probability) in enumerate([(3, 0.6), (4, 0.9), (5, 0.7), (6, 0.8), (7, 0.95)]):
+        probabilities[row, label] = probability
+    labels = np.array([3, 0, 0, 6, 0])
+    mistakes = misclassified(probabilities.log(), labels)
+    assert mistakes.index.tolist() == [4, 1, 2] and mistakes.predicted.tolist() == [7, 4, 5]
+    row = probabilities[4]
+    assert mistakes.confidence[0] == pytest.approx((row[7] / row.sum()).item())
