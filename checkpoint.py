@@ -1,9 +1,18 @@
-"""Losing nothing: the record that every run leaves behind."""
+"""Losing nothing: checkpoints to resume from, saved models, and the record that every run leaves behind.
 
+Every file is written all or nothing: to a temporary file beside it, flushed to the disk, then renamed. Checkpoints and
+models hold tensors and plain Python values only and are read with `weights_only=True`, so that no file, whoever made
+it, can run code.
+"""
+
+import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
+import warnings
+import zipfile
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,6 +21,219 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+FORMAT = 1  # of checkpoints and saved models; raised when an older reader would misread a newer file
+LAST, PREVIOUS = "last.pt", "previous.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or saved model that cannot be used, or a folder that cannot hold one; the message says why."""
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _write(path, content, keep_as=None):
+    """Write bytes to `path` all or nothing; what was there before is kept under the name `keep_as`."""
+    part = path.with_name(path.name + ".part")  # always the same, so that killed processes leave one at most
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _serialise(content):
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    return buffer.getvalue()
+
+
+def _read(path):
+    """Read what `_serialise` made, running none of its code. Raises CheckpointError when it is damaged or too new."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes a zip file, but torch.load ignores its checksums
+            damaged = file.testzip()
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise many kinds for a damaged or malicious file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"'{path}' is damaged, or not of this project: {reason}") from error
+    if damaged:
+        raise CheckpointError(f"'{path}' is damaged: the checksum of its part '{damaged}' is wrong")
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise CheckpointError(f"'{path}' is not of this project")
+    return content
+
+
+def _refuse_newer(path, content):
+    if content["format"] > FORMAT:
+        raise CheckpointError(
+            f"'{path}' has format {content['format']}, and this version of the project reads up to {FORMAT}: "
+            "update the project"
+        )
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def capture(model, optimizer, scaler):
+    """The state of everything PyTorch that decides how training goes on, random states included."""
+    device = next(model.parameters()).device
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore(state, model, optimizer, scaler):
+    """Bring all of it back to what `capture` saw."""
+    device = next(model.parameters()).device
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["random"])
+    if device.type == "cuda" and state["random_cuda"] is not None:
+        torch.cuda.set_rng_state(state["random_cuda"], device)
+
+
+def save_checkpoint(folder, state):
+    """Write `state` (tensors and plain values only) as the last checkpoint of `folder`, keeping the one before.
+
+    Whatever interrupts it, a whole checkpoint is left: the new one, or the one before. Raises OSError when it cannot
+    be written.
+    """
+    folder = Path(folder)
+    _write(folder / LAST, _serialise(state), keep_as=folder / PREVIOUS)
+
+
+def load_checkpoint(folder, identity=None):
+    """Read the newest whole checkpoint of `folder`: the dict that `save_checkpoint` got, or None if there is none.
+
+    A damaged last one costs one step back, with a warning. identity: what `identify_run` says of the run that wants
+    to go on. Raises CheckpointError when the folder cannot be made or written, when no checkpoint in it is whole, or
+    when the newest is of a newer version of the project or of another run, naming what differs.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    damaged = []
+    for path in filter(Path.exists, (folder / LAST, folder / PREVIOUS)):
+        try:
+            state = _read(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        _refuse_newer(path, state)
+        if damaged:
+            warnings.warn(f"{damaged[0]}; the one before it is taken", stacklevel=2)
+        if identity is not None and state.get("identity") != identity:
+            different = _differences(state.get("identity") or {"config": {}}, identity)
+            raise CheckpointError(f"'{path}' is of another run: {different}. Name another folder, or undo the change")
+        return state
+    if damaged:
+        raise CheckpointError(f"no checkpoint in '{folder}' is whole: {'; '.join(damaged)}. Delete them to begin anew")
+    return None
+
+
+def _check_folder(folder):
+    probe = folder / "probe.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"no checkpoints can be written to '{folder}' ({error}): name another folder") from error
+
+
+def _differences(then, now):
+    """Name what differs between two identities."""
+    flat = [{**identity["config"], **{k: v for k, v in identity.items() if k != "config"}} for identity in (then, now)]
+    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    return ", ".join(f"{name} was {flat[0].get(name)!r} and is {flat[1].get(name)!r}" for name in names)
+
+
+# -- what a run is -------------------------------------------------------------------------------------------------
+
+
+def identify_run(model, train_split, test_split, config, batch_size):
+    """What decides a run's result: a dict of plain values, equal for equal runs.
+
+    The configuration, the batch size it comes to on the device, the network (its class, layers and sizes) and the
+    data (a SHA-256 of images and labels, in their order).
+    """
+    layers = hashlib.sha256(f"{model!r} {[(k, tuple(v.shape)) for k, v in model.state_dict().items()]}".encode())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "config": asdict(config),
+        "batch_size": batch_size,
+        "network": f"{type(model).__name__}, {parameters:,} parameters, layers {layers.hexdigest()[:8]}",
+        "data": data_fingerprint(train_split, test_split),
+    }
+
+
+def data_fingerprint(train_split, test_split):
+    """The first 16 digits of a SHA-256 of both splits' images and labels."""
+    digest = hashlib.sha256()
+    for array in (train_split.images, train_split.labels, test_split.images, test_split.labels):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.data if array.flags.c_contiguous else array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def short_hash(identity):
+    """Eight digits that name a run."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def package_versions():
+    """Versions of Python and of the packages that shape the numbers."""
+    packages = ("torch", "torchvision", "albumentations", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+# -- saved models --------------------------------------------------------------------------------------------------
+
+
+def save_model(path, model, config, metrics, classes):
+    """Write weights for use without training, with the configuration (a Config), metrics (a dict of plain numbers,
+    such as {"test_accuracy": 88.5}) and class names. Raises OSError when it cannot be written."""
+    about = {"network": type(model).__name__, "config": asdict(config), "metrics": metrics, "classes": list(classes)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, _serialise({**about, "model": model.state_dict()}))
+
+
+def load_model(path, model):
+    """Load what `save_model` wrote into `model`, in place, and set it to evaluation mode.
+
+    Returns the rest: a dict with `network`, `config`, `metrics` and `classes`. Raises FileNotFoundError, and
+    CheckpointError when the file is damaged, of a newer version of the project, or of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no saved model at '{path}': train, or name another file")
+    content = _read(path)
+    _refuse_newer(path, content)
+    weights = content.pop("model", None)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' holds a {content.get('network')} and does not fit this {type(model).__name__}: {error}"
+        ) from error
+    model.eval()
+    return {name: value for name, value in content.items() if name != "format"}
+
+
+# -- records -------------------------------------------------------------------------------------------------------
 
 
 def count_macs(model):
@@ -39,10 +261,10 @@ def write_record(path, model, train_split, test_split, config, history, device):
     """Write the record of one run as JSON, all or nothing, and return it as a dict.
 
     Its fields: `model` (class name), `width`, `parameters` and `macs` (of one image) of the network; `data` (the
-    source, which says so if it is synthetic), `n_train`, `n_test`; `config` (every number of the recipe); `history`
-    (what `fit` returned, accuracies in percent); `device` (its name); `versions` (of Python and the
-    packages that shape the numbers); `commit` (of the project, "-dirty" if files had changed; null outside git);
-    `seconds` (of the whole training, tests included); `finished` (UTC).
+    source, which says so if it is synthetic), `data_fingerprint`, `n_train`, `n_test`; `config` (every number of the
+    recipe); `history` (what `fit` returned, accuracies in percent, seconds an epoch); `device` (its name);
+    `versions` (of Python and the packages that shape the numbers); `commit` (of the project, "-dirty" if files had
+    changed; null outside git); `seconds` (of the whole training, tests included); `finished` (UTC).
     """
     record = {
         "model": type(model).__name__,
@@ -50,15 +272,13 @@ def write_record(path, model, train_split, test_split, config, history, device):
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "macs": count_macs(model),
         "data": test_split.source,
+        "data_fingerprint": data_fingerprint(train_split, test_split),
         "n_train": len(train_split),
         "n_test": len(test_split),
         "config": asdict(config),
         "history": history,
         "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchvision", "albumentations", "numpy")},
-        },
+        "versions": package_versions(),
         "commit": _commit(),
         "seconds": round(sum(history["seconds"]), 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,9 +287,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no words for NaN and infinity: they become null.
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=1))
-    os.replace(part, path)
+    _write(path, json.dumps(record, indent=1).encode())
     return record
 
 

@@ -4,14 +4,16 @@ An image's way: uint8 in the split -> a batch of indices with the batch's own se
 -> a uint8 batch -> on the device: float, normalised, channels_last -> CNN -> log-probabilities -> NLL -> SGD.
 """
 
+import math
 import os
 import random
 import sys
 import time
-from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the package index for news: 2 s
 
@@ -23,8 +25,23 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from checkpoint import count_macs, describe_record, write_record
+from checkpoint import (
+    CheckpointError,
+    capture,
+    count_macs,
+    describe_record,
+    identify_run,
+    load_checkpoint,
+    load_model,
+    package_versions,
+    restore,
+    save_checkpoint,
+    save_model,
+    short_hash,
+    write_record,
+)
 from cifar10 import CLASSES, MEAN, STD, Split, load_cifar10, synthetic_cifar10, validation_split
+from config import Config, autocast, get_device, kernels, mixed_precision
 from plots import (
     plot_accuracy,
     plot_augmentations,
@@ -34,6 +51,7 @@ from plots import (
     plot_samples,
 )
 
+REFRESH_SECONDS = 0.5  # how often the progress bar is refreshed, and the device read
 PADDING = 4  # zero pixels on each side of a training image, for the random crop
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -96,7 +114,8 @@ class _BatchSampler(Sampler):
     """Draws an epoch's batches and their seeds, in the main process, from (seed, epoch) alone."""
 
     def __init__(self, n, batch_size, shuffle, seed):
-        self.n, self.batch_size, self.shuffle, self.seed, self.epoch = n, batch_size, shuffle, seed, 0
+        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.epoch, self.start = 0, 0
 
     def __len__(self):
         return -(-self.n // self.batch_size)
@@ -104,14 +123,15 @@ class _BatchSampler(Sampler):
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
-        for start, seed in enumerate(rng.integers(2**63, size=len(self)).tolist()):
-            yield order[start * self.batch_size : (start + 1) * self.batch_size], seed
+        seeds = rng.integers(2**63, size=len(self)).tolist()
+        for batch in range(self.start, len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size], seeds[batch]
 
 
 class _Loader(DataLoader):
-    def set_epoch(self, epoch):
-        """Choose the epoch whose order and augmentation the next iteration yields."""
-        self.sampler.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """Choose the epoch whose order and augmentation the next iteration yields, and the batch it starts with."""
+        self.sampler.epoch, self.sampler.start = epoch, start
 
 
 def _init_worker(_):
@@ -153,116 +173,6 @@ def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transfo
 
 
 # -- training ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every number of the recipe. The defaults are the seed project's; `Config.one_cycle()` is the second recipe.
-
-    batch_size: None is 128 on an accelerator and 64 on a CPU. lr: the rate, or the peak of the "one_cycle" schedule,
-    which rises linearly over the fraction `warmup` of training and then falls linearly to 0. weight_decay: on
-    weights only, not on biases and batch norm. label_smoothing: the share of the target spread over all classes.
-    precision: "auto" is mixed precision where the hardware has it (see `mixed_precision`), "float32" is never.
-    Raises ValueError on construction, naming the value and what is expected.
-    """
-
-    epochs: int = 40
-    batch_size: int | None = None
-    lr: float = 0.01
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    schedule: str = "constant"
-    warmup: float = 0.25
-    precision: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self):
-        def check(name, valid, expected):
-            if not valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-
-        def whole(value):
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        check("epochs", whole(self.epochs) and self.epochs >= 1, "a whole number of at least 1, for instance 40")
-        if self.batch_size is not None:
-            check(
-                "batch_size", whole(self.batch_size) and self.batch_size >= 1, "a whole number of at least 1, or None"
-            )
-        check("lr", 0 < self.lr < float("inf"), "a positive number, for instance 0.01")
-        check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1, for instance 0.9")
-        check("nesterov", not self.nesterov or self.momentum > 0, "False when momentum is 0")
-        check("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, for instance 5e-4")
-        check("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1, for instance 0.1")
-        check("schedule", self.schedule in ("constant", "one_cycle"), "'constant' or 'one_cycle'")
-        check("warmup", 0 < self.warmup < 1, "a fraction between 0 and 1, for instance 0.25")
-        check("precision", self.precision in ("auto", "float32"), "'auto' or 'float32'")
-        check("seed", whole(self.seed) and 0 <= self.seed < 2**63, "a whole number of at least 0")
-
-    @classmethod
-    def one_cycle(cls, **changes):
-        """The second recipe: a one-cycle schedule (Smith 2018, arXiv:1803.09820), Nesterov momentum, weight decay
-        and label smoothing. `changes` override its numbers."""
-        recipe = dict(lr=0.1, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, schedule="one_cycle")
-        return cls(**{**recipe, **changes})
-
-    @classmethod
-    def named(cls, recipe, **changes):
-        """The recipe called "default" or "one_cycle", with `changes`. Raises ValueError for another name."""
-        recipes = {"default": cls, "one_cycle": cls.one_cycle}
-        if recipe not in recipes:
-            raise ValueError(f"recipe is {recipe!r}; expected one of {', '.join(map(repr, recipes))}")
-        return recipes[recipe](**changes)
-
-    def lr_at(self, progress):
-        """The learning rate at `progress`, the fraction of training done, from 0 to 1."""
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * min(progress / self.warmup, (1 - progress) / (1 - self.warmup))
-
-
-def get_device(device=None):
-    """The device to train on: the one named ("cuda", "mps", "cpu", ...), or the first of those three that is there.
-
-    Returns a torch.device. Raises ValueError for a device that is unknown or not on this machine.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None:
-        return torch.device(next(name for name, available in there.items() if available))
-    remedy = f"on this machine there is {', '.join(name for name, available in there.items() if available)}"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, which PyTorch does not know: {remedy}") from error
-    if not there.get(found.type) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device is {device!r}, which is not to be had: {remedy}")
-    return found
-
-
-def mixed_precision(config, device):
-    """The 16-bit type that `device` computes convolutions in, or None where only float32 pays.
-
-    bfloat16 on CUDA where the GPU really has it and on CPUs with AMX tiles for it, float16 on other CUDA devices.
-    Weights and optimizer stay in float32 always.
-    """
-    if config.precision == "float32":
-        return None
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu":
-        # Older releases of PyTorch cannot tell; without AMX, bfloat16 on a CPU is slower than float32.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return torch.bfloat16 if capabilities.get("amx_bf16") else None
-    return None
-
-
-def autocast(config, device):
-    """The context for a forward pass: in the 16-bit type that `mixed_precision` names, if it names one."""
-    dtype = mixed_precision(config, device)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def normalize(images, device):
@@ -312,35 +222,82 @@ def _make_scaler(config, device):
     return torch.amp.GradScaler(device.type, enabled=mixed_precision(config, device) is torch.float16)
 
 
-def train(model, loader, optimizer, config, device, epoch=0, scaler=None):
+class TrainingDiverged(RuntimeError):
+    """The loss or a weight is no longer a finite number; the message names the step, the rate and the remedy."""
+
+    def __init__(self, what, epoch, batch_id, lr):
+        super().__init__(
+            f"{what} in epoch {epoch + 1}, Batch_id={batch_id}, at a learning rate of {lr:.4g}: train with a smaller "
+            "lr, or with schedule='one_cycle', which begins with a small one. The last good checkpoint is kept."
+        )
+
+
+@dataclass
+class Progress:
+    """How far an epoch of training has come, in plain numbers."""
+
+    batches: int = 0
+    images: int = 0
+    loss_sum: float = 0.0  # of the images' NLL
+    correct: int = 0
+    last_loss: float = 0.0  # mean NLL of the last batch
+    seconds: float = 0.0  # spent on the epoch, its test included
+    bar: str = ""  # the bar's text
+
+    @property
+    def description(self):
+        accuracy = 100 * self.correct / self.images
+        return f"Train: Loss={self.last_loss:.4f} Batch_id={self.batches - 1} Accuracy={accuracy:.2f}"
+
+
+def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progress=None, on_refresh=None):
     """Train for one epoch, showing one progress bar.
 
-    The bar's loss is the last batch's mean NLL, its accuracy the epoch's so far. The sums stay on the device and are
-    read only when the bar is refreshed, twice a second: a `.item()` every step would make a GPU wait.
+    The bar's loss is the last batch's mean NLL, its accuracy the epoch's so far. What each step yields stays on the
+    device until the bar is refreshed, every REFRESH_SECONDS: a `.item()` every step would make a GPU wait. progress:
+    how much of the epoch was done before (the loader must start there); it is brought up to date at each refresh,
+    and then on_refresh() is called.
 
     Returns (loss, accuracy): mean NLL over the images, without label smoothing, and percent correct, both as the
-    images came by, augmented and with dropout.
+    images came by, augmented and with dropout. Raises TrainingDiverged when a loss is NaN or infinite.
     """
     device = get_device(device)
     scaler = scaler or _make_scaler(config, device)
+    progress = Progress() if progress is None else progress
     model.train()
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
-    refreshed = time.monotonic()
-    with tqdm(total=len(loader), file=sys.stdout, mininterval=0, miniters=1) as bar:
-        for batch_id, (images, labels) in enumerate(loader):
+    pending, refreshed = [], time.monotonic()
+    with tqdm(total=len(loader), initial=progress.batches, file=sys.stdout, mininterval=0, miniters=1) as bar:
+        for batch_id, (images, labels) in enumerate(loader, start=progress.batches):
+            lr = config.lr_at((epoch + batch_id / len(loader)) / config.epochs)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr_at((epoch + batch_id / len(loader)) / config.epochs)
+                group["lr"] = lr
             nll, hits = _train_step(model, images, labels, optimizer, scaler, config, device)
-            loss_sum += nll * len(labels)
-            correct += hits
-            seen += len(labels)
-            if time.monotonic() - refreshed > 0.5 or batch_id == len(loader) - 1:
-                accuracy = 100 * correct.item() / seen
-                text = f"Train: Loss={nll.item():.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
-                bar.set_description(text, refresh=False)
-                bar.update(batch_id + 1 - bar.n)
-                refreshed = time.monotonic()
-    return loss_sum.item() / seen, accuracy
+            pending.append((nll, hits, lr, len(labels)))
+            if time.monotonic() - refreshed > REFRESH_SECONDS or batch_id == len(loader) - 1:
+                _settle(progress, pending, epoch)
+                bar.set_description(progress.description, refresh=False)
+                bar.update(progress.batches - bar.n)
+                if on_refresh:
+                    on_refresh()
+                pending, refreshed = [], time.monotonic()
+        bar.set_description(progress.description)
+        progress.bar = str(bar)
+    return progress.loss_sum / progress.images, 100 * progress.correct / progress.images
+
+
+def _settle(progress, pending, epoch):
+    """Read from the device what the steps since the last refresh left there, and add it to `progress`."""
+    losses, hits, rates, sizes = zip(*pending, strict=True)
+    for loss, correct, lr, n in zip(
+        torch.stack(losses).tolist(), torch.stack(hits).tolist(), rates, sizes, strict=True
+    ):
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss became {loss}", epoch, progress.batches, lr)
+        progress.batches += 1
+        progress.images += n
+        progress.loss_sum += loss * n
+        progress.correct += correct
+        progress.last_loss = loss
 
 
 @torch.no_grad()
@@ -355,57 +312,177 @@ def test(model, loader, config, device):
             log_probs = model(normalize(images, device)).float()
         loss_sum += F.nll_loss(log_probs, labels, reduction="sum")
         correct += (log_probs.argmax(1) == labels).sum()
-    n, correct = len(loader.dataset), correct.item()
-    loss, accuracy = loss_sum.item() / n, 100 * correct / n
-    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct}/{n} ({accuracy:.2f}%)\n", flush=True)
+    n = len(loader.dataset)
+    loss, accuracy = loss_sum.item() / n, 100 * correct.item() / n
+    print(_test_line(loss, accuracy, n), flush=True)
     return loss, accuracy
 
 
-def _prepare(model, train_split, test_split, config, device):
-    """What training needs, made from the recipe: (train loader, test loader, optimizer, scaler)."""
-    batch_size = config.batch_size or (64 if device.type == "cpu" else 128)
-    workers = None if device.type == "cuda" else 0
-    model.to(device, memory_format=torch.channels_last)
-    torch.backends.cudnn.benchmark = True
-    return (
-        make_loader(train_split, batch_size, train=True, seed=config.seed, num_workers=workers),
-        make_loader(test_split, 500, train=False),
-        make_optimizer(model, config),
-        _make_scaler(config, device),
-    )
+def _test_line(loss, accuracy, n):
+    return f"Test set: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
 
 
-def fit(model, train_split, test_split, config, device=None):
+class _Run:
+    """What training needs and changes as it goes, made from the recipe; its state can be saved and restored."""
+
+    def __init__(self, model, train_split, test_split, config, device, num_workers=None):
+        if num_workers is None and device.type != "cuda":
+            num_workers = 0
+        model.to(device, memory_format=torch.channels_last)
+        self.model, self.config, self.device = model, config, device
+        self.train_loader = make_loader(train_split, _batch_size(config, device), True, config.seed, num_workers)
+        self.test_loader = make_loader(test_split, 500, train=False)
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = _make_scaler(config, device)
+        self.epoch, self.progress, self.bars = 0, Progress(), []
+        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
+        self.history = {name: [] for name in names}
+
+    def state(self):
+        """Everything that decides how training goes on, in tensors and plain values. (The schedule has no state: it
+        is a function of the position.)"""
+        position = {"epoch": self.epoch, "progress": asdict(self.progress), "history": self.history, "bars": self.bars}
+        return {**position, **capture(self.model, self.optimizer, self.scaler)}
+
+    def restore(self, state):
+        self.epoch, self.progress = state["epoch"], Progress(**state["progress"])
+        self.history, self.bars = state["history"], state["bars"]
+        restore(state, self.model, self.optimizer, self.scaler)
+
+    def train_epoch(self, on_refresh=None):
+        """Train and test one epoch, or what is left of it, and enter it in the history."""
+        started = time.perf_counter() - self.progress.seconds
+
+        def refresh():
+            self.progress.seconds = time.perf_counter() - started
+            if on_refresh:
+                on_refresh()
+
+        print(f"Epoch {self.epoch + 1}", flush=True)
+        self.train_loader.set_epoch(self.epoch, self.progress.batches)
+        trained = train(self.model, self.train_loader, self.optimizer, self.config, self.device, self.epoch,
+                        self.scaler, self.progress, refresh)  # fmt: skip
+        tested = test(self.model, self.test_loader, self.config, self.device)
+        self.check()
+        lr, seconds = self.optimizer.param_groups[0]["lr"], time.perf_counter() - started
+        for values, value in zip(self.history.values(), (*trained, *tested, lr, seconds), strict=True):
+            values.append(value)
+        self.bars.append(self.progress.bar)
+        self.epoch, self.progress = self.epoch + 1, Progress()
+
+    def check(self):
+        """Raise TrainingDiverged unless every weight, statistic and momentum is finite."""
+        momenta = [entry.get("momentum_buffer") for entry in self.optimizer.state.values()]
+        tensors = [*self.model.state_dict().values(), *(tensor for tensor in momenta if tensor is not None)]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise TrainingDiverged("a weight became NaN or infinite", self.epoch, self.progress.batches - 1, lr)
+
+    def print_log(self):
+        """Print the lines of the epochs done, from the history."""
+        n = len(self.test_loader.dataset)
+        for epoch, bar in enumerate(self.bars):
+            loss, accuracy = self.history["test_loss"][epoch], self.history["test_accuracy"][epoch]
+            print(f"Epoch {epoch + 1}\n{bar}\n{_test_line(loss, accuracy, n)}", flush=True)
+
+
+def _batch_size(config, device):
+    return config.batch_size or (64 if device.type == "cpu" else 128)
+
+
+def run_folder(model, train_split, test_split, config, device=None, base="runs"):
+    """Where a run's files go: a folder in `base` named after a short hash of configuration, network and data.
+
+    So a changed constant begins a new run beside the old one, and an unchanged one goes on with it.
+    """
+    identity = identify_run(model, train_split, test_split, config, _batch_size(config, get_device(device)))
+    return Path(base) / short_hash(identity)
+
+
+def fit(
+    model, train_split, test_split, config, device=None, checkpoint_dir=None, checkpoint_minutes=5, num_workers=None
+):
     """Train `model` in place as `config` says, testing after every epoch.
 
     The test accuracy is shown and chooses nothing: there is no early stopping and no best epoch. Ctrl-C ends
     training with the history so far. The seed also sets PyTorch's global random state, which dropout draws from.
 
+    checkpoint_dir: a folder for checkpoints, one after each epoch and one every checkpoint_minutes within it. Where
+    it holds some already, training goes on from the last good one, and a finished run is only shown again; on a CPU
+    the result is the same to the bit as without the interruption. num_workers: of the training loader, see
+    `make_loader`; the result does not depend on it.
+
     Returns the history, lists of plain numbers with one entry an epoch: `train_loss` and `test_loss` (mean NLL),
     `train_accuracy` and `test_accuracy` (percent), `lr` (of the epoch's last step), `seconds` (tests included).
-    Raises ValueError for a device that is not there.
+
+    Raises ValueError for a device that is not there; CheckpointError, before training, when the folder cannot be
+    written, holds no whole checkpoint, or one of another configuration, network or data; TrainingDiverged when loss
+    or weights are no longer finite; RuntimeError when a worker process dies. A checkpoint that cannot be written
+    later (the disk is full, say) is reported, and training goes on.
     """
     device = get_device(device)
-    train_loader, test_loader, optimizer, scaler = _prepare(model, train_split, test_split, config, device)
-    torch.manual_seed(config.seed)
+    if checkpoint_minutes <= 0:
+        raise ValueError(f"checkpoint_minutes is {checkpoint_minutes}; expected more than 0, for instance 5")
+    run = _Run(model, train_split, test_split, config, device, num_workers)
     precision = str(mixed_precision(config, device) or torch.float32).removeprefix("torch.")
     sizes = f"{len(train_split):,} images, {len(test_split):,} for testing"
-    print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs on {device.type} in {precision}\n")
-    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
-    history = {name: [] for name in names}
+    print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs on {device.type} in {precision}")
+    torch.manual_seed(config.seed)
+    if checkpoint_dir is not None:
+        identity = identify_run(model, train_split, test_split, config, _batch_size(config, device))
+        state = load_checkpoint(checkpoint_dir, identity)
+        if state:
+            run.restore(state)
+            print(_resumed(run, checkpoint_dir, state))
+    print()
+    run.print_log()
+    saved = time.monotonic()
+
+    def save():
+        nonlocal saved
+        run.check()
+        about = {
+            "identity": identity,
+            "versions": package_versions(),
+            "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        }
+        try:
+            save_checkpoint(checkpoint_dir, {**about, **run.state()})
+        except OSError as error:
+            print(f"\nNo checkpoint could be written ({error}). Training goes on; the last good one is kept.")
+        saved = time.monotonic()
+
+    def save_if_due():
+        if checkpoint_dir is not None and time.monotonic() - saved > 60 * checkpoint_minutes:
+            save()
+
     try:
-        for epoch in range(config.epochs):
-            started = time.perf_counter()
-            print(f"Epoch {epoch + 1}", flush=True)
-            train_loader.set_epoch(epoch)
-            trained = train(model, train_loader, optimizer, config, device, epoch, scaler)
-            tested = test(model, test_loader, config, device)
-            lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - started
-            for name, value in zip(names, (*trained, *tested, lr, seconds), strict=True):
-                history[name].append(value)
+        with kernels(config):
+            while run.epoch < config.epochs:
+                run.train_epoch(save_if_due)
+                if checkpoint_dir is not None:
+                    save()
     except KeyboardInterrupt:
-        print(f"\nInterrupted in epoch {epoch + 1}: the history holds the {epoch} before it.", flush=True)
-    return history
+        print(f"\nInterrupted in epoch {run.epoch + 1}: the history holds the {run.epoch} before it.", flush=True)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"a worker process that loads images died in epoch {run.epoch + 1} ({error}). Was memory short? "
+            "Run again, with num_workers=0 if it happens twice; with a checkpoint_dir, it goes on from the last one."
+        ) from error
+    return run.history
+
+
+def _resumed(run, folder, state):
+    if run.epoch >= run.config.epochs:
+        return f"This run is finished: its log is shown again from '{folder}', without training."
+    batch, batches = run.progress.batches, len(run.train_loader)
+    text = f"Going on from '{folder}', written {state['written']}: epoch {run.epoch + 1}, batch {batch} of {batches}."
+    changed = {name: then for name, then in state["versions"].items() if package_versions().get(name) != then}
+    if changed:
+        text += f" It was begun with {changed}: the result may differ in the last digits."
+    return text
 
 
 def estimate_seconds(model, train_split, test_split, config, device=None):
@@ -414,8 +491,7 @@ def estimate_seconds(model, train_split, test_split, config, device=None):
     Leaves the model and PyTorch's random states on the CPU and CUDA as they were.
     """
     device = get_device(device)
-    model = deepcopy(model)
-    train_loader, test_loader, optimizer, scaler = _prepare(model, train_split, test_split, config, device)
+    run = _Run(deepcopy(model), train_split, test_split, config, device)
 
     def seconds(loader, step, steps):
         times = []
@@ -426,15 +502,15 @@ def estimate_seconds(model, train_split, test_split, config, device=None):
         return len(loader) * float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
     def train_step(images, labels):
-        return _train_step(model, images, labels, optimizer, scaler, config, device)[0]
+        return _train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)[0]
 
     def test_step(images, _):
         with torch.no_grad(), autocast(config, device):
-            return model(normalize(images, device)).sum()
+            return run.model(normalize(images, device)).sum()
 
-    with torch.random.fork_rng():
-        model.train()
-        train_seconds = seconds(train_loader, train_step, steps=30)
-        model.eval()
-        test_seconds = seconds(test_loader, test_step, steps=5)
+    with torch.random.fork_rng(), kernels(config):
+        run.model.train()
+        train_seconds = seconds(run.train_loader, train_step, steps=30)
+        run.model.eval()
+        test_seconds = seconds(run.test_loader, test_step, steps=5)
     return config.epochs * (train_seconds + test_seconds)

@@ -128,7 +128,7 @@ def test_bad_input_corrupt_cache_is_named_and_made_again(folders, decoded, damag
     assert len(decoded) == 2
 
 
-def test_cache_goes_to_the_temporary_folder_beside_a_read_only_one(folders, decoded, tmp_path):
+def test_fault_read_only_data_folder_caches_in_the_temporary_one(folders, decoded, tmp_path):
     root, expected = folders
     # Permission bits do not stop root, so the cache's place is taken by a folder.
     (root / ".cifar10-cache.npz").mkdir()
@@ -139,7 +139,7 @@ def test_cache_goes_to_the_temporary_folder_beside_a_read_only_one(folders, deco
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_cache_is_done_without_where_everything_is_read_only(folders, monkeypatch):
+def test_fault_read_only_data_folder_and_temporary_folder(folders, monkeypatch):
     root, expected = folders
 
     def refuse(*_, **__):
