@@ -1,5 +1,6 @@
 # make run     train, plot and explain: the notebook, executed to runs/Session_8.ipynb and .html
 # make test    the same set-up, then all tests
+# make results the tables and figures of README.md, from the records in results/
 # make lint    ruff
 # make clean   delete the environment
 #
@@ -8,9 +9,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE
+CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE CHECKPOINTS
 
-.PHONY: run test lint clean
+.PHONY: run test results lint clean
 
 # Made once; made again when the requirements change.
 $(VENV)/installed: requirements.txt
@@ -30,6 +31,9 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+results: $(VENV)/installed
+	$(BIN)/python results/build.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -163,7 +163,7 @@ def _differences(then, now):
 # -- what a run is -------------------------------------------------------------------------------------------------
 
 
-def identify_run(model, train_split, test_split, config, batch_size):
+def identify_run(model, train_split, test_split, config, device):
     """What decides a run's result: a dict of plain values, equal for equal runs.
 
     The configuration, the batch size it comes to on the device, the network (its class, layers and sizes) and the
@@ -173,7 +173,7 @@ def identify_run(model, train_split, test_split, config, batch_size):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "config": asdict(config),
-        "batch_size": batch_size,
+        "batch_size": config.batch_size_on(torch.device(device)),
         "network": f"{type(model).__name__}, {parameters:,} parameters, layers {layers.hexdigest()[:8]}",
         "data": data_fingerprint(train_split, test_split),
     }
@@ -262,9 +262,10 @@ def write_record(path, model, train_split, test_split, config, history, device):
 
     Its fields: `model` (class name), `width`, `parameters` and `macs` (of one image) of the network; `data` (the
     source, which says so if it is synthetic), `data_fingerprint`, `n_train`, `n_test`; `config` (every number of the
-    recipe); `history` (what `fit` returned, accuracies in percent, seconds an epoch); `device` (its name);
-    `versions` (of Python and the packages that shape the numbers); `commit` (of the project, "-dirty" if files had
-    changed; null outside git); `seconds` (of the whole training, tests included); `finished` (UTC).
+    recipe) and the `batch_size` it came to; `history` (what `fit` returned: accuracies in percent, seconds an epoch);
+    `device` (its name); `versions` (of Python and the packages that shape the numbers); `commit` (of the project,
+    "-dirty" if files had changed; null outside git); `seconds` (of the whole training, tests included); `finished`
+    (UTC).
     """
     record = {
         "model": type(model).__name__,
@@ -276,6 +277,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
         "n_train": len(train_split),
         "n_test": len(test_split),
         "config": asdict(config),
+        "batch_size": config.batch_size_on(torch.device(device)),
         "history": history,
         "device": device_name(device),
         "versions": package_versions(),

@@ -70,6 +70,10 @@ class Config:
             raise ValueError(f"recipe is {recipe!r}; expected one of {', '.join(map(repr, recipes))}")
         return recipes[recipe](**changes)
 
+    def batch_size_on(self, device):
+        """The batch size that the recipe comes to on `device`, a torch.device."""
+        return self.batch_size or (64 if device.type == "cpu" else 128)
+
     def lr_at(self, progress):
         """The learning rate at `progress`, the fraction of training done, from 0 to 1."""
         if self.schedule == "constant":

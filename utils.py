@@ -330,7 +330,7 @@ class _Run:
             num_workers = 0
         model.to(device, memory_format=torch.channels_last)
         self.model, self.config, self.device = model, config, device
-        self.train_loader = make_loader(train_split, _batch_size(config, device), True, config.seed, num_workers)
+        self.train_loader = make_loader(train_split, config.batch_size_on(device), True, config.seed, num_workers)
         self.test_loader = make_loader(test_split, 500, train=False)
         self.optimizer = make_optimizer(model, config)
         self.scaler = _make_scaler(config, device)
@@ -342,7 +342,12 @@ class _Run:
         """Everything that decides how training goes on, in tensors and plain values. (The schedule has no state: it
         is a function of the position.)"""
         position = {"epoch": self.epoch, "progress": asdict(self.progress), "history": self.history, "bars": self.bars}
-        return {**position, **capture(self.model, self.optimizer, self.scaler)}
+        return {"versions": self.versions(), **position, **capture(self.model, self.optimizer, self.scaler)}
+
+    def versions(self):
+        """What may change the last digits of a result when it changes between two parts of a run."""
+        precision = str(mixed_precision(self.config, self.device) or torch.float32).removeprefix("torch.")
+        return {**package_versions(), "arithmetic": f"{precision} on {self.device.type}"}
 
     def restore(self, state):
         self.epoch, self.progress = state["epoch"], Progress(**state["progress"])
@@ -365,6 +370,8 @@ class _Run:
         tested = test(self.model, self.test_loader, self.config, self.device)
         self.check()
         lr, seconds = self.optimizer.param_groups[0]["lr"], time.perf_counter() - started
+        if not math.isfinite(tested[0]):
+            raise TrainingDiverged(f"the test loss became {tested[0]}", self.epoch, self.progress.batches - 1, lr)
         for values, value in zip(self.history.values(), (*trained, *tested, lr, seconds), strict=True):
             values.append(value)
         self.bars.append(self.progress.bar)
@@ -386,17 +393,12 @@ class _Run:
             print(f"Epoch {epoch + 1}\n{bar}\n{_test_line(loss, accuracy, n)}", flush=True)
 
 
-def _batch_size(config, device):
-    return config.batch_size or (64 if device.type == "cpu" else 128)
-
-
 def run_folder(model, train_split, test_split, config, device=None, base="runs"):
     """Where a run's files go: a folder in `base` named after a short hash of configuration, network and data.
 
     So a changed constant begins a new run beside the old one, and an unchanged one goes on with it.
     """
-    identity = identify_run(model, train_split, test_split, config, _batch_size(config, get_device(device)))
-    return Path(base) / short_hash(identity)
+    return Path(base) / short_hash(identify_run(model, train_split, test_split, config, get_device(device)))
 
 
 def fit(
@@ -424,12 +426,11 @@ def fit(
     if checkpoint_minutes <= 0:
         raise ValueError(f"checkpoint_minutes is {checkpoint_minutes}; expected more than 0, for instance 5")
     run = _Run(model, train_split, test_split, config, device, num_workers)
-    precision = str(mixed_precision(config, device) or torch.float32).removeprefix("torch.")
     sizes = f"{len(train_split):,} images, {len(test_split):,} for testing"
-    print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs on {device.type} in {precision}")
+    print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs, {run.versions()['arithmetic']}")
     torch.manual_seed(config.seed)
     if checkpoint_dir is not None:
-        identity = identify_run(model, train_split, test_split, config, _batch_size(config, device))
+        identity = identify_run(model, train_split, test_split, config, device)
         state = load_checkpoint(checkpoint_dir, identity)
         if state:
             run.restore(state)
@@ -441,13 +442,9 @@ def fit(
     def save():
         nonlocal saved
         run.check()
-        about = {
-            "identity": identity,
-            "versions": package_versions(),
-            "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        }
+        written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         try:
-            save_checkpoint(checkpoint_dir, {**about, **run.state()})
+            save_checkpoint(checkpoint_dir, {"identity": identity, "written": written, **run.state()})
         except OSError as error:
             print(f"\nNo checkpoint could be written ({error}). Training goes on; the last good one is kept.")
         saved = time.monotonic()
@@ -479,9 +476,9 @@ def _resumed(run, folder, state):
         return f"This run is finished: its log is shown again from '{folder}', without training."
     batch, batches = run.progress.batches, len(run.train_loader)
     text = f"Going on from '{folder}', written {state['written']}: epoch {run.epoch + 1}, batch {batch} of {batches}."
-    changed = {name: then for name, then in state["versions"].items() if package_versions().get(name) != then}
-    if changed:
-        text += f" It was begun with {changed}: the result may differ in the last digits."
+    now = run.versions()
+    if changed := [f"{name} {then}" for name, then in state["versions"].items() if now.get(name) != then]:
+        text += f" It was begun with {', '.join(changed)}: the result may differ in the last digits."
     return text
 
 

@@ -2,8 +2,13 @@ import os
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports it: it would ask the package index for news
 
+import contextlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
+from fakes import official_archive
 
 import cifar10
 
@@ -38,3 +43,58 @@ def real_splits(real_root):
 @pytest.fixture(scope="session")
 def synthetic():
     return cifar10.synthetic_cifar10(300, 100)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the archive at /good, and at other paths each fault by its name. Knows which paths were asked for."""
+    archive, splits = official_archive(tmp_path / "served", monkeypatch)
+    body = archive.read_bytes()
+    stop = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            fault = self.path.strip("/")
+            server.asked.append(fault)
+            if fault == "mute":
+                stop.wait(30)
+            if fault == "missing":
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if fault == "wrong":
+                self.wfile.write(bytes(len(body)))
+            elif fault == "cut":
+                self.wfile.write(body[: len(body) // 2])
+            elif fault == "silent":
+                self.wfile.write(body[: len(body) // 2])
+                stop.wait(30)
+            elif fault == "slow":
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    if stop.wait(0.05):
+                        return
+            else:
+                self.wfile.write(body)
+
+        def handle(self):
+            with contextlib.suppress(OSError):  # the client has given up, as it should
+                super().handle()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.asked, server.splits = [], splits
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(cifar10, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.4)
+    yield server
+    stop.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -1,71 +1,12 @@
 """The download, against a server on 127.0.0.1 that serves a small archive well or badly."""
 
-import contextlib
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fakes import official_archive
 
 import cifar10
 from cifar10 import ARCHIVE, DatasetUnavailable, load_cifar10
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves the archive at /good, and at other paths each fault by its name. Knows which paths were asked for."""
-    archive, splits = official_archive(tmp_path / "served", monkeypatch)
-    body = archive.read_bytes()
-    stop = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            fault = self.path.strip("/")
-            server.asked.append(fault)
-            if fault == "mute":
-                stop.wait(30)
-            if fault == "missing":
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if fault == "wrong":
-                self.wfile.write(bytes(len(body)))
-            elif fault == "cut":
-                self.wfile.write(body[: len(body) // 2])
-            elif fault == "silent":
-                self.wfile.write(body[: len(body) // 2])
-                stop.wait(30)
-            elif fault == "slow":
-                for byte in body:
-                    self.wfile.write(bytes([byte]))
-                    if stop.wait(0.05):
-                        return
-            else:
-                self.wfile.write(body)
-
-        def handle(self):
-            with contextlib.suppress(OSError):  # the client has given up, as it should
-                super().handle()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.asked, server.splits = [], splits
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setattr(cifar10, "SILENCE_SECONDS", 0.4)
-    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.4)
-    yield server
-    stop.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def leftovers(tmp_path):

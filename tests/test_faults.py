@@ -13,7 +13,6 @@ import children
 import pytest
 import torch
 from fakes import official_archive
-from test_download import server  # noqa: F401
 
 import cifar10
 import utils
@@ -85,7 +84,7 @@ def test_fault_killed_while_a_checkpoint_is_written(tmp_path):
     assert caught >= 5  # so often, at the least, the kill came in the middle of writing
 
 
-def test_fault_download_killed_and_started_again(server, tmp_path, monkeypatch):  # noqa: F811
+def test_fault_download_killed_and_started_again(server, tmp_path, monkeypatch):
     data = tmp_path / "data"
     part = data / f"{cifar10.ARCHIVE}.part"
     process = children.start(children.download, f"{server.url}/silent", data, cifar10.ARCHIVE_MD5)
@@ -309,6 +308,13 @@ def test_fault_loss_gone_bad_stops_training_and_names_the_first_step(tmp_path, s
         fit(GoesBad(17, value), *synthetic, RECIPE, "cpu", tmp_path)  # 12 batches an epoch
     state = load_checkpoint(tmp_path)
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_fault_test_loss_gone_bad(tmp_path, synthetic, monkeypatch):
+    monkeypatch.setattr(utils, "test", lambda *_: (float("nan"), 10.0))
+    with pytest.raises(TrainingDiverged, match="the test loss became nan in epoch 1"):
+        fit(small_network(), *synthetic, RECIPE, "cpu", tmp_path)
+    assert load_checkpoint(tmp_path) is None
 
 
 def test_fault_training_that_really_diverges(tmp_path, synthetic):

@@ -114,7 +114,7 @@ def test_resume_tells_of_other_versions(synthetic, tmp_path, monkeypatch, capsys
     fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path)
     monkeypatch.setattr(utils, "package_versions", lambda: {"torch": "99.0"})
     fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
-    assert f"begun with {{'torch': '{torch.__version__.partition('+')[0]}" in capsys.readouterr().out
+    assert f"torch {torch.__version__.partition('+')[0]}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["lr", "seed", "dropout", "network", "data", "order"])
@@ -144,7 +144,7 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
 def test_resume_refuses_another_batch_size_of_the_device(synthetic, tmp_path, monkeypatch):
     recipe = Config(epochs=1)
     fit(Interrupted(), *synthetic, recipe, "cpu", tmp_path)
-    monkeypatch.setattr(utils, "_batch_size", lambda *_: 128)  # as an accelerator's would be
+    monkeypatch.setattr(Config, "batch_size_on", lambda *_: 128)  # as an accelerator's would be
     with pytest.raises(CheckpointError, match="batch_size was 64 and is 128"):
         fit(Interrupted(), *synthetic, recipe, "cpu", tmp_path)
 
