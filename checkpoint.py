@@ -6,11 +6,14 @@ it, can run code.
 """
 
 import hashlib
+import inspect
 import io
 import json
 import os
+import pickle
 import platform
 import subprocess
+import uuid
 import warnings
 import zipfile
 from copy import deepcopy
@@ -35,7 +38,8 @@ class CheckpointError(RuntimeError):
 
 def _write(path, content, keep_as=None):
     """Write bytes to `path` all or nothing; what was there before is kept under the name `keep_as`."""
-    part = path.with_name(path.name + ".part")  # always the same, so that killed processes leave one at most
+    # A name of its own, since another process may be writing to the same folder, from another machine even.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -49,34 +53,46 @@ def _write(path, content, keep_as=None):
         raise
 
 
-def _serialise(content):
+def _serialise(kind, content):
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
+    torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
     return buffer.getvalue()
 
 
-def _read(path):
-    """Read what `_serialise` made, running none of its code. Raises CheckpointError when it is damaged or too new."""
+class _Damaged(CheckpointError):
+    """A file that was read but does not hold what it should."""
+
+
+def _read(path, kind):
+    """Read what `_serialise` made, running none of its code.
+
+    Raises _Damaged when the content is not whole or not of this kind, and CheckpointError when the file cannot be
+    read at all, which may pass, or is of a newer version of the project.
+    """
     try:
-        with zipfile.ZipFile(path) as file:  # torch.save writes a zip file, but torch.load ignores its checksums
-            damaged = file.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise many kinds for a damaged or malicious file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"'{path}' is damaged, or not of this project: {reason}") from error
-    if damaged:
-        raise CheckpointError(f"'{path}' is damaged: the checksum of its part '{damaged}' is wrong")
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise CheckpointError(f"'{path}' is not of this project")
-    return content
-
-
-def _refuse_newer(path, content):
-    if content["format"] > FORMAT:
+        content = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"'{path}' cannot be read now ({error}): try again") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as file:  # torch.save writes a zip file with checksums ...
+            wrong = file.testzip()
+        state = None if wrong else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _Damaged(f"'{path}' holds more than tensors and plain values: refused, and nothing was run") from error
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        raise _Damaged(f"'{path}' is damaged ({type(error).__name__})") from error
+    if wrong:  # ... which torch.load ignores
+        raise _Damaged(f"'{path}' is damaged: the checksum of its part '{wrong}' is wrong")
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise _Damaged(f"'{path}' is not of this project")
+    if state["format"] > FORMAT:
         raise CheckpointError(
-            f"'{path}' has format {content['format']}, and this version of the project reads up to {FORMAT}: "
+            f"'{path}' has format {state['format']}, and this version of the project reads up to {FORMAT}: "
             "update the project"
         )
+    if state.get("kind") != kind:
+        raise _Damaged(f"'{path}' is no {kind}")
+    return state
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -87,22 +103,26 @@ def capture(model, optimizer, scaler):
     device = next(model.parameters()).device
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],  # its settings follow from the recipe and the device
         "scaler": scaler.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "random": {name: module.get_rng_state() for name, module in _random_states(device).items()},
     }
 
 
 def restore(state, model, optimizer, scaler):
-    """Bring all of it back to what `capture` saw."""
+    """Bring all of it back to what `capture` saw, as far as this device has it."""
     device = next(model.parameters()).device
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if device.type == "cuda" and state["random_cuda"] is not None:
-        torch.cuda.set_rng_state(state["random_cuda"], device)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    for name, module in _random_states(device).items():
+        if name in state["random"]:
+            module.set_rng_state(state["random"][name])
+
+
+def _random_states(device):
+    return {"cpu": torch, **({device.type: getattr(torch, device.type)} if device.type in ("cuda", "mps") else {})}
 
 
 def save_checkpoint(folder, state):
@@ -112,43 +132,46 @@ def save_checkpoint(folder, state):
     be written.
     """
     folder = Path(folder)
-    _write(folder / LAST, _serialise(state), keep_as=folder / PREVIOUS)
+    _write(folder / LAST, _serialise("checkpoint", state), keep_as=folder / PREVIOUS)
 
 
 def load_checkpoint(folder, identity=None):
     """Read the newest whole checkpoint of `folder`: the dict that `save_checkpoint` got, or None if there is none.
 
-    A damaged last one costs one step back, with a warning. identity: what `identify_run` says of the run that wants
-    to go on. Raises CheckpointError when the folder cannot be made or written, when no checkpoint in it is whole, or
-    when the newest is of a newer version of the project or of another run, naming what differs.
+    A damaged last one costs one step back, with a warning, and is put aside as `damaged.pt`. identity: what
+    `identify_run` says of the run that wants to go on. Raises CheckpointError when the folder cannot be made or
+    written, when a checkpoint cannot be read at present, when none is whole, or when the newest is of a newer version
+    of the project or of another run, naming what differs.
     """
     folder = Path(folder)
     _check_folder(folder)
     damaged = []
     for path in filter(Path.exists, (folder / LAST, folder / PREVIOUS)):
         try:
-            state = _read(path)
-        except CheckpointError as error:
+            state = _read(path, "checkpoint")
+        except _Damaged as error:
             damaged.append(str(error))
             continue
-        _refuse_newer(path, state)
-        if damaged:
-            warnings.warn(f"{damaged[0]}; the one before it is taken", stacklevel=2)
         if identity is not None and state.get("identity") != identity:
             different = _differences(state.get("identity") or {"config": {}}, identity)
             raise CheckpointError(f"'{path}' is of another run: {different}. Name another folder, or undo the change")
-        return state
+        if damaged:
+            warnings.warn(f"{damaged[0]}; the one before it is taken", stacklevel=2)
+            os.replace(folder / LAST, folder / "damaged.pt")  # lest the next save keep it in place of the good one
+        return {name: value for name, value in state.items() if name not in ("format", "kind")}
     if damaged:
         raise CheckpointError(f"no checkpoint in '{folder}' is whole: {'; '.join(damaged)}. Delete them to begin anew")
     return None
 
 
 def _check_folder(folder):
-    probe = folder / "probe.part"
+    """Make the folder, try to write to it, and remove what killed processes left half-written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        for part in folder.glob("*.part"):
+            part.unlink(missing_ok=True)
+        _write(folder / "probe", b"written")
+        (folder / "probe").unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"no checkpoints can be written to '{folder}' ({error}): name another folder") from error
 
@@ -163,20 +186,36 @@ def _differences(then, now):
 # -- what a run is -------------------------------------------------------------------------------------------------
 
 
-def identify_run(model, train_split, test_split, config, device):
+def identify_run(model, train_split, test_split, config, device, augmentation, optimizer):
     """What decides a run's result: a dict of plain values, equal for equal runs.
 
-    The configuration, the batch size it comes to on the device, the network (its class, layers and sizes) and the
-    data (a SHA-256 of images and labels, in their order).
+    The configuration and the batch size it comes to on the device, the network (its class, layers and code), the
+    data (a SHA-256 of images and labels, in their order), the augmentation (as text), and the code of the schedule
+    and of the function that makes the optimizer.
     """
-    layers = hashlib.sha256(f"{model!r} {[(k, tuple(v.shape)) for k, v in model.state_dict().items()]}".encode())
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "config": asdict(config),
         "batch_size": config.batch_size_on(torch.device(device)),
-        "network": f"{type(model).__name__}, {parameters:,} parameters, layers {layers.hexdigest()[:8]}",
+        "network": f"{type(model).__name__}, {parameters:,} parameters, layers {_hash(f'{model!r} {shapes}')}",
+        "network's code": _hash(_source(type(model))),
         "data": data_fingerprint(train_split, test_split),
+        "augmentation": augmentation,
+        "schedule's code": _hash(_source(type(config).lr_at)),
+        "optimizer's code": _hash(_source(optimizer)),
     }
+
+
+def _source(thing):
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # defined where no file holds its text
+        return ""
+
+
+def _hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def data_fingerprint(train_split, test_split):
@@ -190,7 +229,7 @@ def data_fingerprint(train_split, test_split):
 
 def short_hash(identity):
     """Eight digits that name a run."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return _hash(json.dumps(identity, sort_keys=True))
 
 
 def package_versions():
@@ -203,34 +242,37 @@ def package_versions():
 
 
 def save_model(path, model, config, metrics, classes):
-    """Write weights for use without training, with the configuration (a Config), metrics (a dict of plain numbers,
-    such as {"test_accuracy": 88.5}) and class names. Raises OSError when it cannot be written."""
+    """Write weights for use without training, with the configuration (a Config), metrics (a dict of numbers, such as
+    {"test_accuracy": 88.5}) and class names. Raises OSError when it cannot be written."""
+    metrics = {name: float(value) for name, value in metrics.items()}
     about = {"network": type(model).__name__, "config": asdict(config), "metrics": metrics, "classes": list(classes)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, _serialise({**about, "model": model.state_dict()}))
+    _write(path, _serialise("model", {**about, "model": model.state_dict()}))
 
 
 def load_model(path, model):
     """Load what `save_model` wrote into `model`, in place, and set it to evaluation mode.
 
     Returns the rest: a dict with `network`, `config`, `metrics` and `classes`. Raises FileNotFoundError, and
-    CheckpointError when the file is damaged, of a newer version of the project, or of another network.
+    CheckpointError when the file is damaged, of a newer version of the project, or of another network; the model is
+    then left as it was.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no saved model at '{path}': train, or name another file")
-    content = _read(path)
-    _refuse_newer(path, content)
-    weights = content.pop("model", None)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    content = _read(path, "model")
+    weights = content.pop("model")
+    there, here = ({k: tuple(v.shape) for k, v in state.items()} for state in (weights, model.state_dict()))
+    if there != here:
+        name = next(name for name in {**there, **here} if there.get(name) != here.get(name))
         raise CheckpointError(
-            f"'{path}' holds a {content.get('network')} and does not fit this {type(model).__name__}: {error}"
-        ) from error
+            f"'{path}' holds a {content['network']} and does not fit this {type(model).__name__}: '{name}' has shape "
+            f"{there.get(name)} there and {here.get(name)} here"
+        )
+    model.load_state_dict(weights)
     model.eval()
-    return {name: value for name, value in content.items() if name != "format"}
+    return {name: value for name, value in content.items() if name not in ("format", "kind")}
 
 
 # -- records -------------------------------------------------------------------------------------------------------
@@ -259,6 +301,8 @@ def device_name(device):
 
 def write_record(path, model, train_split, test_split, config, history, device):
     """Write the record of one run as JSON, all or nothing, and return it as a dict.
+
+    A record of the same history, times included, is left as it is: that run is only shown again.
 
     Its fields: `model` (class name), `width`, `parameters` and `macs` (of one image) of the network; `data` (the
     source, which says so if it is synthetic), `data_fingerprint`, `n_train`, `n_test`; `config` (every number of the
@@ -289,6 +333,8 @@ def write_record(path, model, train_split, test_split, config, history, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no words for NaN and infinity: they become null.
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    if path.is_file() and (written := json.loads(path.read_text()))["history"] == record["history"]:
+        return written  # the run is only shown again: its record says when and where it ran
     _write(path, json.dumps(record, indent=1).encode())
     return record
 

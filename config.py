@@ -40,6 +40,9 @@ class Config:
         def whole(value):
             return isinstance(value, int) and not isinstance(value, bool)
 
+        numbers = ("lr", "momentum", "weight_decay", "label_smoothing", "warmup")
+        for name in numbers:
+            check(name, isinstance(getattr(self, name), int | float), "a number")
         check("epochs", whole(self.epochs) and self.epochs >= 1, "a whole number of at least 1, for instance 40")
         if self.batch_size is not None:
             check(
@@ -54,6 +57,9 @@ class Config:
         check("warmup", 0 < self.warmup < 1, "a fraction between 0 and 1, for instance 0.25")
         check("precision", self.precision in ("auto", "float32"), "'auto' or 'float32'")
         check("seed", whole(self.seed) and 0 <= self.seed < 2**63, "a whole number of at least 0")
+        for name in numbers:
+            # Plain floats, since NumPy's would be refused when a checkpoint is read.
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @classmethod
     def one_cycle(cls, **changes):
@@ -125,7 +131,7 @@ def autocast(config, device):
 
 @contextmanager
 def kernels(config):
-    """Have PyTorch use deterministic kernels, or else the fastest that cuDNN finds; afterwards all is as before.
+    """Have PyTorch use deterministic kernels, or else the fastest that cuDNN finds; its settings are put back after.
 
     An operation that has no deterministic kernel warns and runs all the same.
     """

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from checkpoint import (
     capture,
     count_macs,
     describe_record,
+    device_name,
     identify_run,
     load_checkpoint,
     load_model,
@@ -201,7 +203,12 @@ def make_optimizer(model, config):
     ]
     # Unfused, SGD makes the GPU wait in every step that scales the loss for float16.
     fused = next(model.parameters()).is_cuda
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if fused and config.momentum:
+        # The fused kernel leaves the momentum of a first step that overflows in float16 as the memory was.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _train_step(model, images, labels, optimizer, scaler, config, device):
@@ -228,7 +235,7 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, what, epoch, batch_id, lr):
         super().__init__(
             f"{what} in epoch {epoch + 1}, Batch_id={batch_id}, at a learning rate of {lr:.4g}: train with a smaller "
-            "lr, or with schedule='one_cycle', which begins with a small one. The last good checkpoint is kept."
+            "lr, or with schedule='one_cycle', which begins with a small one. A checkpoint from before is kept."
         )
 
 
@@ -347,7 +354,8 @@ class _Run:
     def versions(self):
         """What may change the last digits of a result when it changes between two parts of a run."""
         precision = str(mixed_precision(self.config, self.device) or torch.float32).removeprefix("torch.")
-        return {**package_versions(), "arithmetic": f"{precision} on {self.device.type}"}
+        arithmetic = f"{precision} on {self.device.type}"
+        return {**package_versions(), "arithmetic": arithmetic, "device": device_name(self.device)}
 
     def restore(self, state):
         self.epoch, self.progress = state["epoch"], Progress(**state["progress"])
@@ -369,13 +377,21 @@ class _Run:
                         self.scaler, self.progress, refresh)  # fmt: skip
         tested = test(self.model, self.test_loader, self.config, self.device)
         self.check()
-        lr, seconds = self.optimizer.param_groups[0]["lr"], time.perf_counter() - started
+        last_step = (len(self.train_loader) - 1) / len(self.train_loader)
+        lr, seconds = self.config.lr_at((self.epoch + last_step) / self.config.epochs), time.perf_counter() - started
         if not math.isfinite(tested[0]):
             raise TrainingDiverged(f"the test loss became {tested[0]}", self.epoch, self.progress.batches - 1, lr)
         for values, value in zip(self.history.values(), (*trained, *tested, lr, seconds), strict=True):
             values.append(value)
         self.bars.append(self.progress.bar)
         self.epoch, self.progress = self.epoch + 1, Progress()
+
+    def end_workers(self):
+        """End the training loader's workers after one of them died."""
+        # Else PyTorch's signal handler raises its error again when the others end, wherever the program is then.
+        with suppress(RuntimeError, AttributeError):
+            self.train_loader._iterator._shutdown_workers()
+        self.train_loader._iterator = None
 
     def check(self):
         """Raise TrainingDiverged unless every weight, statistic and momentum is finite."""
@@ -398,7 +414,13 @@ def run_folder(model, train_split, test_split, config, device=None, base="runs")
 
     So a changed constant begins a new run beside the old one, and an unchanged one goes on with it.
     """
-    return Path(base) / short_hash(identify_run(model, train_split, test_split, config, get_device(device)))
+    return Path(base) / short_hash(_identity(model, train_split, test_split, config, get_device(device)))
+
+
+def _identity(model, train_split, test_split, config, device):
+    return identify_run(
+        model, train_split, test_split, config, device, augmentation=repr(train_transforms()), optimizer=make_optimizer
+    )
 
 
 def fit(
@@ -410,8 +432,8 @@ def fit(
     training with the history so far. The seed also sets PyTorch's global random state, which dropout draws from.
 
     checkpoint_dir: a folder for checkpoints, one after each epoch and one every checkpoint_minutes within it. Where
-    it holds some already, training goes on from the last good one, and a finished run is only shown again; on a CPU
-    the result is the same to the bit as without the interruption. num_workers: of the training loader, see
+    it holds some already, training goes on from the last good one, and a finished run is only shown again; on one
+    CPU the result is the same to the bit as without the interruption. num_workers: of the training loader, see
     `make_loader`; the result does not depend on it.
 
     Returns the history, lists of plain numbers with one entry an epoch: `train_loss` and `test_loss` (mean NLL),
@@ -430,7 +452,7 @@ def fit(
     print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs, {run.versions()['arithmetic']}")
     torch.manual_seed(config.seed)
     if checkpoint_dir is not None:
-        identity = identify_run(model, train_split, test_split, config, device)
+        identity = _identity(model, train_split, test_split, config, device)
         state = load_checkpoint(checkpoint_dir, identity)
         if state:
             run.restore(state)
@@ -464,10 +486,12 @@ def fit(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        run.end_workers()
         raise RuntimeError(
             f"a worker process that loads images died in epoch {run.epoch + 1} ({error}). Was memory short? "
             "Run again, with num_workers=0 if it happens twice; with a checkpoint_dir, it goes on from the last one."
         ) from error
+    model.eval()
     return run.history
 
 

@@ -1,5 +1,6 @@
 """Write the tables and figures of README.md from the records in this folder, and from nothing else: `make results`."""
 
+import hashlib
 import json
 import statistics
 import sys
@@ -31,12 +32,13 @@ def recipe_name(record):
 
 
 def accuracy_table(records):
-    """A Markdown table: a row for all runs of one network, recipe and device, that differ in their seed alone."""
+    """A Markdown table: a row for all runs of one network, data and device that differ in their seed alone."""
 
     def kind(record):
         network = record["model"], record["width"] or 1.0
         recipe = recipe_name(record), record["batch_size"], record["config"]["epochs"]
-        return *network, *recipe, record["data"], record["device"]
+        rest = json.dumps({**record["config"], "seed": None}, sort_keys=True)
+        return *network, *recipe, record["data"], record["device"], rest
 
     rows = [
         "| network | recipe | batch | epochs | runs | test accuracy, last epoch | train | parameters "
@@ -45,7 +47,7 @@ def accuracy_table(records):
     ]
     for key, group in groupby(sorted(records.values(), key=kind), kind):
         runs = list(group)
-        model, width, recipe, batch, epochs, _, device = key
+        model, width, recipe, batch, epochs, _, device, _ = key
         test, train = ([run["history"][f"{split}_accuracy"][-1] for run in runs] for split in ("test", "train"))
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
         seconds = statistics.median(second for run in runs for second in run["history"]["seconds"])
@@ -65,6 +67,11 @@ def section(records):
     return f"{accuracy_table(records)}\nData: {'; '.join(sources)}.\n\n{''.join(figures)}"
 
 
+def fingerprint(record_name):
+    """The SHA-256 of a record, which its figure carries as the text "Source"."""
+    return hashlib.sha256((RESULTS / record_name).read_bytes()).hexdigest()
+
+
 def figure_name(record_name):
     return record_name.replace(".json", ".png")
 
@@ -73,7 +80,7 @@ def main():
     records = read_records()
     for name, record in records.items():
         figure = plot_accuracy(record["history"], f"{record['model']}, {recipe_name(record)}, {record['data']}")
-        figure.savefig(RESULTS / figure_name(name), bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(RESULTS / figure_name(name), bbox_inches="tight", metadata={"Source": fingerprint(name)})
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     README.write_text(before + BEGIN + section(records) + END + after, encoding="utf-8")

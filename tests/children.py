@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import cifar10
@@ -19,15 +20,17 @@ import utils
 from checkpoint import save_checkpoint
 from model_AC import AdvancedCNN
 
-# The server does not take sys.path over from the tests by itself.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["children"])
 
 
 def start(function, *arguments):
-    process = context.Process(target=function, args=arguments, daemon=True)
-    process.start()
+    # The server does not take sys.path over from the tests by itself. It starts with the first process.
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in (Path(__file__).parent, Path(__file__).parent.parent):
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        process = context.Process(target=function, args=arguments, daemon=True)
+        process.start()
     return process
 
 
@@ -59,17 +62,32 @@ def small_training(folder, before_saving=lambda: None):
     torch.save({"model": model.state_dict(), "history": history}, Path(folder) / "result.pt")
 
 
-def write_checkpoints(folder):
+def write_checkpoints(folder, number=0):
     """Write checkpoint after checkpoint, each marked through and through by its number, until killed."""
-    number = 0
     while True:
         number += 1
         save_checkpoint(folder, {"number": number, "weights": torch.full((500_000,), number)})
 
 
+def write_checkpoints_and_die(folder, function, call):
+    """Write two checkpoints, and be killed when the given call of a function of `os` begins for the third."""
+    calls, original = 0, getattr(os, function)
+
+    def deadly(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    for number in (1, 2):
+        save_checkpoint(folder, {"number": number, "weights": torch.full((500_000,), number)})
+    setattr(os, function, deadly)
+    save_checkpoint(folder, {"number": 3, "weights": torch.full((500_000,), 3)})
+
+
 def training_on_a_full_disk(folder):
     """Train; from the end of the second epoch on no file may grow beyond 10 kB, as if the disk were full."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     sys.stdout = io.StringIO()  # the tests' own log is a file too
     train_epoch = utils._Run.train_epoch
 

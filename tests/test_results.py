@@ -4,6 +4,7 @@ import re
 
 import build
 import pytest
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +32,20 @@ def test_records_name_data_seed_device_versions_and_time():
         assert {len(values) for values in record["history"].values()} == {record["config"]["epochs"]}
 
 
-def test_every_figure_that_readme_shows_is_there(readme):
+def test_every_figure_that_readme_shows_was_made_from_its_record(readme):
     figures = re.findall(r"!\[.*?\]\((.*?)\)", readme)
-    assert figures and all((build.README.parent / figure).is_file() for figure in figures)
+    assert figures == [f"results/{build.figure_name(name)}" for name in build.read_records()]
+    for name in build.read_records():
+        assert Image.open(build.RESULTS / build.figure_name(name)).text["Source"] == build.fingerprint(name)
 
 
 def test_table_has_mean_and_spread_over_seeds():
-    (record, *_) = build.read_records().values()
+    record = next(r for r in build.read_records().values() if build.recipe_name(r) == "default")
     runs = {}
     for seed, accuracy in enumerate((90.0, 91.0, 92.0)):
         history = {**record["history"], "test_accuracy": [*record["history"]["test_accuracy"][:-1], accuracy]}
         runs[str(seed)] = {**record, "config": {**record["config"], "seed": seed}, "history": history}
     (row,) = build.accuracy_table(runs).splitlines()[2:]
     assert "| 3 | 91.00 % ± 1.00 |" in row and "| default |" in row
+    other = {**record, "config": {**record["config"], "lr": 0.5}}
+    assert len(build.accuracy_table({**runs, "other": other}).splitlines()) == 2 + 2

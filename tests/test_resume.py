@@ -3,6 +3,7 @@
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,7 +96,7 @@ def test_resume_of_a_finished_run_shows_it_without_training(unbroken, synthetic,
     model = Interrupted(seed=99)
     history = fit(model, *synthetic, RECIPE, "cpu", tmp_path)
     again = capsys.readouterr().out
-    assert "This run is finished" in again and model.passes == 0
+    assert "This run is finished" in again and model.passes == 0 and not model.training
     assert log_of(again) == log_of(first)
     assert same_weights(model, unbroken[0]) and without_times(history) == without_times(unbroken[1])
 
@@ -105,7 +106,7 @@ def test_resume_counts_the_seconds_before(synthetic, tmp_path, every_step):
     state = load_checkpoint(tmp_path)
     before = state["progress"]["seconds"]
     state["progress"]["seconds"] = before + 100
-    checkpoint.save_checkpoint(tmp_path, {name: value for name, value in state.items() if name != "format"})
+    checkpoint.save_checkpoint(tmp_path, state)
     history = fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
     assert 0 < before < 60 and history["seconds"][1] > 100 > history["seconds"][2]
 
@@ -117,8 +118,10 @@ def test_resume_tells_of_other_versions(synthetic, tmp_path, monkeypatch, capsys
     assert f"torch {torch.__version__.partition('+')[0]}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["lr", "seed", "dropout", "network", "data", "order"])
-def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, what):
+@pytest.mark.parametrize(
+    "what", ["lr", "seed", "dropout", "network", "forward", "data", "order", "augmentation", "optimizer"]
+)
+def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, monkeypatch, what):
     fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path)
     model, (train, test), recipe = Interrupted(), synthetic, RECIPE
     if what == "lr":
@@ -129,6 +132,21 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
         model, named = Interrupted(dropout=0.3), "network was"
     elif what == "network":
         model, named = AdvancedCNN(), "network was 'Interrupted, .* and is 'AdvancedCNN"
+    elif what == "forward":
+
+        class Interrupted_(Interrupted):
+            def forward(self, x):
+                return super().forward(x.flip(3))
+
+        Interrupted_.__name__ = "Interrupted"
+        model, named = Interrupted_(), "network's code was"
+    elif what == "augmentation":
+        centre = utils.test_transforms
+        monkeypatch.setattr(utils, "train_transforms", centre)
+        named = r"augmentation was .*RandomCrop.* and is 'Compose"
+    elif what == "optimizer":
+        monkeypatch.setattr(utils, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
+        named = "optimizer's code was"
     elif what == "data":
         images = train.images.copy()
         images[0, 0, 0, 0] ^= 1
@@ -136,7 +154,7 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
     else:
         train, named = Split(train.images[::-1].copy(), train.labels[::-1].copy(), train.source), "data was"
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(CheckpointError, match=f"is of another run: {named}"):
+    with pytest.raises(CheckpointError, match=f"(?s)is of another run: {named}"):
         fit(model, train, test, recipe, "cpu", tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -175,6 +193,32 @@ def test_run_folder_is_named_after_configuration_network_and_data(synthetic):
     assert len({name(), *others}) == 6
 
 
+def test_resume_takes_the_optimizers_settings_from_the_recipe_and_an_enabled_scaler_from_the_file():
+    # A run begun on a CPU may go on on a GPU, where SGD is fused and float16 needs a scaler.
+    model = Interrupted()
+    there = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, foreach=False)
+    here = torch.optim.SGD(model.parameters(), lr=2, momentum=0.9, foreach=True)
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    there.step()
+    disabled, enabled = (torch.amp.GradScaler("cpu", enabled=on) for on in (False, True))
+    checkpoint.restore(checkpoint.capture(model, there, disabled), model, here, enabled)
+    assert here.param_groups[0]["lr"] == 2 and here.param_groups[0]["foreach"]
+    buffers = [optimizer.state[model.dense.weight]["momentum_buffer"] for optimizer in (there, here)]
+    assert torch.equal(*buffers)
+    there = torch.amp.GradScaler("cpu", init_scale=2.0)
+    there.scale(torch.ones(()))
+    checkpoint.restore(checkpoint.capture(model, here, there), model, here, enabled)
+    assert enabled.get_scale() == 2.0
+
+
+def test_numbers_of_numpy_do_not_spoil_a_checkpoint(synthetic, tmp_path):
+    recipe = Config(epochs=1, lr=np.float64(0.01))
+    fit(Interrupted(), *synthetic, recipe, "cpu", tmp_path)
+    assert load_checkpoint(tmp_path)["epoch"] == 1 and type(recipe.lr) is float
+    save_model(tmp_path / "model.pt", Interrupted(), recipe, {"test_accuracy": np.float32(50)}, utils.CLASSES)
+    assert load_model(tmp_path / "model.pt", Interrupted())["metrics"] == {"test_accuracy": 50.0}
+
+
 def test_deterministic_kernels_are_asked_for_and_then_no_more(synthetic):
     class Asks(Interrupted):
         def forward(self, x):
@@ -210,8 +254,11 @@ def test_a_saved_model_comes_back_with_what_was_saved_beside_it(saved):
 
 def test_a_saved_model_that_does_not_fit_or_is_damaged_is_refused(saved, tmp_path):
     _, path = saved
-    with pytest.raises(CheckpointError, match="holds a Interrupted and does not fit this AdvancedCNN"):
-        load_model(path, AdvancedCNN())
+    other = AdvancedCNN(width=0.5, num_classes=5)
+    before = [value.clone() for value in other.state_dict().values()]
+    with pytest.raises(CheckpointError, match=r"holds a Interrupted and does not fit this AdvancedCNN: 'dense.weight'"):
+        load_model(path, other)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.state_dict().values(), strict=True))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="is damaged"):
         load_model(path, Interrupted())

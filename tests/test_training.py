@@ -58,7 +58,8 @@ def test_the_default_recipe_is_the_seed_projects():
     "wrong",
     [
         {"epochs": 0}, {"epochs": -3}, {"epochs": 1.5}, {"epochs": True}, {"batch_size": 0}, {"batch_size": -64},
-        {"lr": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"momentum": 1}, {"momentum": -0.1},
+        {"lr": 0}, {"lr": "0.1"}, {"lr": None}, {"lr": float("nan")}, {"lr": float("inf")},
+        {"momentum": 1}, {"momentum": -0.1},
         {"weight_decay": -1}, {"label_smoothing": 1}, {"schedule": "cosine"}, {"warmup": 0}, {"warmup": 1},
         {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
     ],
@@ -273,6 +274,16 @@ def test_record_names_everything(synthetic, tmp_path):
     assert {"python", "torch", "albumentations", "numpy"} <= set(record["versions"]) and record["device"]
     assert f"{history['test_accuracy'][-1]:.2f} %" in describe_record(record)
     assert [path.name for path in path.parent.iterdir()] == ["record.json"]
+
+
+def test_a_record_of_a_run_that_is_shown_again_is_left_as_it_is(synthetic, tmp_path, monkeypatch):
+    history = {"train_accuracy": [10.0], "test_accuracy": [10.0], "seconds": [1.23]}
+    arguments = (tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
+    first = write_record(*arguments)
+    monkeypatch.setattr("checkpoint.device_name", lambda _: "another machine")
+    assert write_record(*arguments) == first
+    history["seconds"] = [1.24]
+    assert write_record(*arguments)["device"] == "another machine"
 
 
 def test_a_record_holds_null_for_what_is_no_number(synthetic, tmp_path):
