@@ -16,6 +16,7 @@ import subprocess
 import uuid
 import warnings
 import zipfile
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -157,7 +158,8 @@ def load_checkpoint(folder, identity=None):
             raise CheckpointError(f"'{path}' is of another run: {different}. Name another folder, or undo the change")
         if damaged:
             warnings.warn(f"{damaged[0]}; the one before it is taken", stacklevel=2)
-            os.replace(folder / LAST, folder / "damaged.pt")  # lest the next save keep it in place of the good one
+            with suppress(OSError):  # lest the next save keep it in place of the good one
+                os.replace(folder / LAST, folder / "damaged.pt")
         return {name: value for name, value in state.items() if name not in ("format", "kind")}
     if damaged:
         raise CheckpointError(f"no checkpoint in '{folder}' is whole: {'; '.join(damaged)}. Delete them to begin anew")
@@ -333,8 +335,9 @@ def write_record(path, model, train_split, test_split, config, history, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no words for NaN and infinity: they become null.
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    if path.is_file() and (written := json.loads(path.read_text()))["history"] == record["history"]:
-        return written  # the run is only shown again: its record says when and where it ran
+    with suppress(OSError, ValueError, KeyError):  # there is none yet, or it is not whole
+        if (written := json.loads(path.read_text()))["history"] == record["history"]:
+            return written  # the run is only shown again: its record says when and where it ran
     _write(path, json.dumps(record, indent=1).encode())
     return record
 

@@ -235,7 +235,7 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, what, epoch, batch_id, lr):
         super().__init__(
             f"{what} in epoch {epoch + 1}, Batch_id={batch_id}, at a learning rate of {lr:.4g}: train with a smaller "
-            "lr, or with schedule='one_cycle', which begins with a small one. A checkpoint from before is kept."
+            "lr, or with schedule='one_cycle', which begins with a small one. Earlier checkpoints, if any, are kept."
         )
 
 
@@ -248,8 +248,8 @@ class Progress:
     loss_sum: float = 0.0  # of the images' NLL
     correct: int = 0
     last_loss: float = 0.0  # mean NLL of the last batch
-    seconds: float = 0.0  # spent on the epoch, its test included
-    bar: str = ""  # the bar's text
+    seconds: float = 0.0  # spent on it up to the last refresh
+    bar: str = ""  # the bar's text, once the epoch's last batch is done
 
     @property
     def description(self):

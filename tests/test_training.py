@@ -284,6 +284,8 @@ def test_a_record_of_a_run_that_is_shown_again_is_left_as_it_is(synthetic, tmp_p
     assert write_record(*arguments) == first
     history["seconds"] = [1.24]
     assert write_record(*arguments)["device"] == "another machine"
+    (tmp_path / "record.json").write_text("{not whole")
+    assert write_record(*arguments) == json.loads((tmp_path / "record.json").read_text())
 
 
 def test_a_record_holds_null_for_what_is_no_number(synthetic, tmp_path):
