@@ -14,6 +14,7 @@ class Config:
     batch_size: None is 128 on an accelerator and 64 on a CPU. lr: the rate, or the peak of the "one_cycle" schedule,
     which rises linearly over the fraction `warmup` of training and then falls linearly to 0. weight_decay: on
     weights only, not on biases and batch norm. label_smoothing: the share of the target spread over all classes.
+    cutout: the side, in pixels, of a square painted over in each training image; 0 for none.
     precision: "auto" is mixed precision where the hardware has it (see `mixed_precision`), "float32" is never.
     deterministic: ask PyTorch for deterministic kernels, at some cost in speed; a CPU's are so in any case.
     Raises ValueError on construction, naming the value and what is expected.
@@ -26,6 +27,7 @@ class Config:
     nesterov: bool = False
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
+    cutout: int = 0
     schedule: str = "constant"
     warmup: float = 0.25
     precision: str = "auto"
@@ -53,6 +55,7 @@ class Config:
         check("nesterov", not self.nesterov or self.momentum > 0, "False when momentum is 0")
         check("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, for instance 5e-4")
         check("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1, for instance 0.1")
+        check("cutout", whole(self.cutout) and 0 <= self.cutout <= 32, "a side from 0 (none) to 32 pixels")
         check("schedule", self.schedule in ("constant", "one_cycle"), "'constant' or 'one_cycle'")
         check("warmup", 0 < self.warmup < 1, "a fraction between 0 and 1, for instance 0.25")
         check("precision", self.precision in ("auto", "float32"), "'auto' or 'float32'")

@@ -82,11 +82,42 @@ def plot_accuracy(history, source):
     return _plot_curves(curves, f"Accuracy: {source}", "accuracy (%)")
 
 
-def plot_learning_rate(history, source):
-    """The learning rate at the end of each epoch."""
-    curves = {"learning rate": (history["lr"], GREEN, ".4g")}
-    figure = _plot_curves(curves, f"Learning rate: {source}", "learning rate at the end of the epoch")
-    figure.axes[0].set_ylim(0, 1.1 * max(history["lr"], default=1))
+def plot_schedule(configs):
+    """The learning rate over training of each recipe in `configs`, {name: Config}."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    ax = figure.subplots()
+    for (name, config), color in zip(configs.items(), (ORANGE, BLUE, GREEN), strict=False):
+        progress = np.linspace(0, 1, 401)
+        rates = [config.lr_at(fraction) for fraction in progress]
+        ax.plot(config.epochs * progress, rates, color=color, linewidth=2, label=f"{name} (peak: {max(rates):.4g})")
+    ax.set_title("Learning rate over training", fontsize=12)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("learning rate")
+    ax.set_ylim(bottom=0)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return figure
+
+
+def plot_lr_range(result, source):
+    """The smoothed loss against the learning rate, with the suggested rate marked.
+
+    result: what `utils.lr_range_test` returns.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(result.lr, result.loss, color=BLUE, linewidth=2, label="smoothed training loss")
+    lowest = int(np.argmin(result.loss))
+    ax.plot(result.lr[lowest], result.loss[lowest], "o", color=BLUE, label=f"lowest: {result.lr[lowest]:.2g}")
+    ax.axvline(result.suggestion, color=ORANGE, linestyle="--", label=f"suggested peak: {result.suggestion:.2g}")
+    ax.set_xscale("log")
+    low, high = min(result.loss), result.loss[0]
+    ax.set_ylim(low - 0.1 * (high - low), max(high, low) + 0.6 * abs(high - low) + 0.1)
+    ax.set_title(f"Learning rate range test: {source}", fontsize=12)
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("mean negative log-likelihood")
+    ax.grid(alpha=0.3)
+    ax.legend()
     return figure
 
 

@@ -1,12 +1,10 @@
-"""What the notebook works with: transforms and loaders, training and testing; and, passed on, data and plots.
+"""What the notebook works with: training and testing; and, passed on, data, transforms, loaders and plots.
 
 An image's way: uint8 in the split -> a batch of indices with the batch's own seed -> albumentations, image by image
 -> a uint8 batch -> on the device: float, normalised, channels_last -> CNN -> log-probabilities -> NLL -> SGD.
 """
 
 import math
-import os
-import random
 import sys
 import time
 from contextlib import suppress
@@ -14,16 +12,13 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the package index for news: 2 s
-
-import albumentations as A
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from checkpoint import (
@@ -42,139 +37,20 @@ from checkpoint import (
     short_hash,
     write_record,
 )
-from cifar10 import CLASSES, MEAN, STD, Split, load_cifar10, synthetic_cifar10, validation_split
+from cifar10 import CLASSES, MEAN, STD, load_cifar10, synthetic_cifar10, validation_split
 from config import Config, autocast, get_device, kernels, mixed_precision
+from loaders import augment, make_loader, test_transforms, train_transforms
 from plots import (
     plot_accuracy,
     plot_augmentations,
-    plot_learning_rate,
     plot_loss,
+    plot_lr_range,
     plot_misclassified,
     plot_samples,
+    plot_schedule,
 )
 
 REFRESH_SECONDS = 0.5  # how often the progress bar is refreshed, and the device read
-PADDING = 4  # zero pixels on each side of a training image, for the random crop
-
-# -- data ----------------------------------------------------------------------------------------------------------
-
-
-def train_transforms():
-    """Albumentations for training: uint8 (40, 40, 3), the padded image, in; uint8 (32, 32, 3) out.
-
-    To add one, add it to the list; normalisation is not among them: it is done on the device.
-    """
-    return A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)])
-
-
-def test_transforms():
-    """Albumentations for testing: uint8 (32, 32, 3) in and out, unchanged."""
-    return A.Compose([])
-
-
-class _Batches(Dataset):
-    """A split as augmented batches. An item is a pair (indices of the images, seed of their augmentation)."""
-
-    def __init__(self, split, transform, train):
-        padding = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
-        # Tensors, because a spawned worker then shares their memory instead of receiving a copy.
-        self.images = torch.from_numpy(np.pad(split.images, padding) if train else split.images)
-        self.labels = torch.from_numpy(split.labels)
-        self.transform = transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, item):
-        indices, seed = item
-        # albumentations draws from generators that each transform made when it was built; forked workers would
-        # inherit identical ones. One stream for the whole pipeline, begun anew for each batch from a seed that
-        # travels with it, is the same in whichever process the batch is made, and gives each transform its own draws.
-        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        images = self.images.numpy()
-        batch = np.empty((len(indices), 32, 32, 3), np.uint8)
-        for row, index in enumerate(indices):
-            image = self.transform(image=images[index])["image"]
-            if image.shape != batch.shape[1:] or image.dtype != np.uint8:
-                raise ValueError(
-                    f"the transform returned {image.dtype} {image.shape} for uint8 {images[index].shape}; expected "
-                    "uint8 (32, 32, 3): training needs a crop such as A.RandomCrop(32, 32), and neither Normalize nor "
-                    "ToTensorV2, since normalisation is done on the device"
-                )
-            batch[row] = image
-        return torch.from_numpy(batch), self.labels[indices]
-
-
-def augment(split, index, n, transform=None, seed=0):
-    """Draw n augmentations of one training image, as `make_loader` would: uint8 (n, 32, 32, 3)."""
-    one = Split(split.images[[index]], split.labels[[index]], split.source)
-    images, _ = _Batches(one, transform or train_transforms(), train=True)[np.zeros(n, int), seed]
-    return images.numpy()
-
-
-class _BatchSampler(Sampler):
-    """Draws an epoch's batches and their seeds, in the main process, from (seed, epoch) alone."""
-
-    def __init__(self, n, batch_size, shuffle, seed):
-        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
-        self.epoch, self.start = 0, 0
-
-    def __len__(self):
-        return -(-self.n // self.batch_size)
-
-    def __iter__(self):
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
-        seeds = rng.integers(2**63, size=len(self)).tolist()
-        for batch in range(self.start, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size], seeds[batch]
-
-
-class _Loader(DataLoader):
-    def set_epoch(self, epoch, start=0):
-        """Choose the epoch whose order and augmentation the next iteration yields, and the batch it starts with."""
-        self.sampler.epoch, self.sampler.start = epoch, start
-
-
-def _init_worker(_):
-    cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers
-
-
-def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transform=None):
-    """Make the loader of a split: yields (images uint8 (B, 32, 32, 3), labels int64 (B,)), the last batch partial.
-
-    train: pad by 4 pixels, shuffle, and apply `train_transforms()`; else keep the order and apply
-    `test_transforms()`. transform: another albumentations pipeline instead. The batches depend on `seed` and on the
-    epoch given to the loader's `set_epoch(n)`, not on num_workers, whose default is up to 4 for training where
-    there is a GPU and else 0: on a CPU the cores that would load are the ones that train.
-
-    Raises ValueError for a batch size below 1 or a negative number of workers, TypeError for a transform that is
-    not albumentations'; and, on iteration, ValueError for one that does not return uint8 (32, 32, 3).
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1, for instance 128")
-    if num_workers is None:
-        num_workers = min(4, os.cpu_count() or 1) if train and torch.cuda.is_available() else 0
-    if num_workers < 0:
-        raise ValueError(f"num_workers is {num_workers}; expected 0 (load in this process) or more")
-    if transform is None:
-        transform = train_transforms() if train else test_transforms()
-    if not isinstance(transform, (A.BaseCompose, A.BasicTransform)):
-        raise TypeError(f"transform is {transform!r}; expected albumentations, for instance A.Compose([...])")
-    return _Loader(
-        _Batches(split, transform, train),
-        sampler=_BatchSampler(len(split), batch_size, train, seed),
-        batch_size=None,  # the sampler's items are batches already
-        num_workers=num_workers,
-        worker_init_fn=_init_worker,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        # A generator of its own: else each epoch would draw from the global one, which dropout uses.
-        generator=torch.Generator(),
-    )
-
-
-# -- training ------------------------------------------------------------------------------------------------------
 
 
 def normalize(images, device):
@@ -337,7 +213,9 @@ class _Run:
             num_workers = 0
         model.to(device, memory_format=torch.channels_last)
         self.model, self.config, self.device = model, config, device
-        self.train_loader = make_loader(train_split, config.batch_size_on(device), True, config.seed, num_workers)
+        self.train_loader = make_loader(
+            train_split, config.batch_size_on(device), True, config.seed, num_workers, train_transforms(config.cutout)
+        )
         self.test_loader = make_loader(test_split, 500, train=False)
         self.optimizer = make_optimizer(model, config)
         self.scaler = _make_scaler(config, device)
@@ -419,7 +297,13 @@ def run_folder(model, train_split, test_split, config, device=None, base="runs")
 
 def _identity(model, train_split, test_split, config, device):
     return identify_run(
-        model, train_split, test_split, config, device, augmentation=repr(train_transforms()), optimizer=make_optimizer
+        model,
+        train_split,
+        test_split,
+        config,
+        device,
+        augmentation=repr(train_transforms(config.cutout)),
+        optimizer=make_optimizer,
     )
 
 
@@ -535,3 +419,62 @@ def estimate_seconds(model, train_split, test_split, config, device=None):
         run.model.eval()
         test_seconds = seconds(run.test_loader, test_step, steps=5)
     return config.epochs * (train_seconds + test_seconds)
+
+
+class LRRange(NamedTuple):
+    """What `lr_range_test` measured.
+
+    lr: the rates tried, rising. loss: the smoothed training loss after each, of the same length. suggestion: a peak
+    for the "one_cycle" schedule. diverged: whether the test ended because the loss grew, and not for want of steps.
+    """
+
+    lr: list[float]
+    loss: list[float]
+    suggestion: float
+    diverged: bool
+
+
+def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0, steps=200, smoothing=0.95):
+    """Try how large a learning rate may be: train while it grows from step to step (Smith 2015, arXiv:1506.01186).
+
+    The rate grows exponentially from `start` to `end` in so many steps, one batch each; all else is as `config` says.
+    The loss is an exponential moving average with weight `smoothing` on the past, corrected for its start at zero.
+    The test stops when it is NaN, infinite, or four times its lowest. Suggested is a tenth of the rate at which it was
+    lowest: there, training is about to become unstable, and at a tenth it still goes fast.
+
+    A copy of the model is trained, with an optimizer of its own: the model, its optimizer and PyTorch's random states
+    on the CPU and CUDA are left as they were. Returns an LRRange. Raises ValueError for a range or number of steps
+    that makes no sense, TrainingDiverged when the very first step has no finite loss.
+    """
+    if not 0 < start < end < math.inf:
+        raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
+    if steps < 2:
+        raise ValueError(f"steps is {steps}; expected at least 2, for instance 200")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing}; expected a number from 0 to below 1, for instance 0.95")
+    device = get_device(device)
+    run = _Run(deepcopy(model), train_split, train_split, config, device)
+    run.model.train()
+    rates, losses, average = [], [], 0.0
+    with torch.random.fork_rng(), kernels(config):
+        for step, (images, labels) in zip(range(steps), _endlessly(run.train_loader), strict=False):
+            lr = start * (end / start) ** (step / (steps - 1))
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            loss, _ = _train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)
+            average = smoothing * average + (1 - smoothing) * loss.item()
+            smoothed = average / (1 - smoothing ** (step + 1))
+            diverged = not math.isfinite(smoothed) or smoothed > 4 * min(losses, default=math.inf)
+            if diverged:
+                break
+            rates.append(lr)
+            losses.append(smoothed)
+    if not rates:
+        raise TrainingDiverged(f"the loss of the range test began as {smoothed}", 0, 0, start)
+    return LRRange(rates, losses, rates[int(np.argmin(losses))] / 10, diverged)
+
+
+def _endlessly(loader):
+    for epoch in count():
+        loader.set_epoch(epoch)
+        yield from loader

@@ -11,7 +11,8 @@ from fakes import position_coded
 from scipy.stats import chi2_contingency, chisquare
 
 import utils
-from cifar10 import synthetic_cifar10
+from cifar10 import MEAN, Split, synthetic_cifar10
+from model_AC import AdvancedCNN
 from utils import augment, make_loader
 
 
@@ -194,3 +195,39 @@ def test_default_transforms_turn_40_into_32_pixels_and_leave_32_alone():
     assert utils.train_transforms()(image=np.zeros((40, 40, 3), np.uint8))["image"].shape == (32, 32, 3)
     image = synthetic_cifar10(10, 10)[0].images[0]
     assert np.array_equal(utils.test_transforms()(image=image)["image"], image)
+
+
+# -- cutout --------------------------------------------------------------------------------------------------------
+
+
+def test_cutout_paints_one_square_in_the_mean_colour_at_any_place():
+    split = Split(np.full((1, 32, 32, 3), 255, np.uint8), np.zeros(1, int), "white")
+    draws = augment(split, 0, 3000, utils.train_transforms(cutout=10))
+    colour = np.round(255 * np.array(MEAN)).astype(int)
+    painted = (draws == colour).all(axis=3)
+    assert (painted.sum((1, 2)) == 100).all()
+    tops, lefts = painted.any(2).argmax(1), painted.any(1).argmax(1)
+    assert (painted.any(2).sum(1) == 10).all() and (painted.any(1).sum(1) == 10).all()  # a square, whole
+    for places in (tops, lefts):
+        counts = np.bincount(places, minlength=23)
+        assert len(counts) == 23 and ((counts - 3000 / 23) ** 2 / (3000 / 23)).sum() < 55  # chi-squared, 22 degrees
+    assert abs(np.corrcoef(tops, lefts)[0, 1]) < 0.1
+
+
+def test_recipe_with_cutout_trains_on_it(synthetic, monkeypatch):
+    seen = []
+    step = utils._train_step
+    monkeypatch.setattr(
+        utils, "_train_step", lambda model, images, *rest: seen.append(images) or step(model, images, *rest)
+    )
+    for cutout in (0, 12):
+        seen.clear()
+        utils.fit(AdvancedCNN(width=0.5), *synthetic, utils.Config(epochs=1, batch_size=50, cutout=cutout), "cpu")
+        painted = (torch.cat(seen) == torch.tensor([125, 123, 114])).all(3).sum((1, 2))
+        assert len(painted) == 300 and (painted >= cutout**2).all() and (painted < cutout**2 + 20).float().mean() > 0.9
+
+
+def test_bad_input_cutout():
+    for side in (-1, 33):
+        with pytest.raises(ValueError, match=f"cutout is {side}; expected a side from 0"):
+            utils.train_transforms(cutout=side)

@@ -8,12 +8,13 @@ from PIL import Image
 import plots
 from analysis import Misclassified
 from cifar10 import CLASSES, synthetic_cifar10
-from utils import augment
+from utils import Config, LRRange, augment
 
 HISTORY = {
     "train_loss": [1.5, 1.0, 0.75], "test_loss": [1.25, 0.9, 0.8125], "train_accuracy": [40.0, 60.0, 71.25],
     "test_accuracy": [50.0, 65.0, 69.5], "lr": [0.02, 0.1, 0.005], "seconds": [9.0, 9.0, 9.0],
 }  # fmt: skip
+RANGE = LRRange([0.001, 0.01, 0.1, 1.0], [2.3, 2.0, 1.5, 5.9], 0.01, diverged=True)
 
 
 def shown(figure):
@@ -42,7 +43,7 @@ def every_figure(split, mistakes):
         "augmentations": plots.plot_augmentations(split.images[0], augment(split, 0, 23), split.source),
         "loss": plots.plot_loss(HISTORY, split.source),
         "accuracy": plots.plot_accuracy(HISTORY, split.source),
-        "learning rate": plots.plot_learning_rate(HISTORY, split.source),
+        "learning rate range": plots.plot_lr_range(RANGE, split.source),
         "misclassified": plots.plot_misclassified(split, mistakes),
     }
 
@@ -88,7 +89,6 @@ def test_augmentations_show_the_original_and_every_draw(split):
     [
         (plots.plot_loss, ("train_loss", "test_loss"), ("0.750", "0.812")),
         (plots.plot_accuracy, ("train_accuracy", "test_accuracy"), ("71.25", "69.50")),
-        (plots.plot_learning_rate, ("lr",), ("0.005",)),
     ],
 )
 def test_curves_show_the_history_and_its_final_values(plot, names, finals):
@@ -103,10 +103,35 @@ def test_curves_show_the_history_and_its_final_values(plot, names, finals):
     assert ax.get_xlabel() == "epoch" and ax.get_ylabel()
 
 
-@pytest.mark.parametrize("plot", [plots.plot_loss, plots.plot_accuracy, plots.plot_learning_rate])
+@pytest.mark.parametrize("plot", [plots.plot_loss, plots.plot_accuracy])
 def test_curves_of_a_run_without_a_whole_epoch(plot):
     (ax,) = plot({name: [] for name in HISTORY}, "source").axes
     assert "no whole epoch" in ax.get_legend().get_texts()[0].get_text()
+
+
+def test_schedule_shows_the_rate_at_every_moment():
+    configs = {"default": Config(epochs=10), "one_cycle": Config.one_cycle(epochs=20, lr=0.2, warmup=0.25)}
+    (ax,) = plots.plot_schedule(configs).axes
+    flat, cycle = (line.get_xydata() for line in ax.lines)
+    assert (flat[:, 1] == 0.01).all() and flat[-1, 0] == 10
+    assert cycle[:, 1].max() == pytest.approx(0.2) and cycle[cycle[:, 1].argmax(), 0] == pytest.approx(5)
+    assert cycle[0].tolist() == [0, 0] and cycle[-1].tolist() == [20, 0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "default (peak: 0.01)",
+        "one_cycle (peak: 0.2)",
+    ]
+
+
+def test_range_test_is_plotted_with_the_suggested_rate_marked():
+    (ax,) = plots.plot_lr_range(RANGE, "source").axes
+    curve, lowest, suggested = ax.lines
+    assert curve.get_xydata().tolist() == [list(pair) for pair in zip(RANGE.lr, RANGE.loss, strict=True)]
+    assert lowest.get_xydata().tolist() == [[0.1, 1.5]]
+    assert set(suggested.get_xdata()) == {RANGE.suggestion} and ax.get_xscale() == "log"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "lowest: 0.1" in labels and "suggested peak: 0.01" in labels
+    low, high = ax.get_ylim()
+    assert low < 1.5 < 2.3 < high < 5  # the explosion at the end does not flatten what matters
 
 
 def test_misclassified_grid_shows_images_labels_and_confidence(split, mistakes):

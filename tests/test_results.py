@@ -1,10 +1,13 @@
 """README.md says what the records in results/ say, and nothing else."""
 
 import re
+from dataclasses import asdict
 
 import build
 import pytest
 from PIL import Image
+
+from config import Config
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +16,15 @@ def readme():
 
 
 def test_readme_and_records_agree(readme):
-    written = readme.split(build.BEGIN)[1].split(build.END)[0]
-    assert written == build.section(build.read_records()), "run `make results`"
+    _, results, _ = build.written(readme, "results")
+    assert results == build.results_section(build.read_records()), "run `make results`"
+    _, benchmarks, _ = build.written(readme, "benchmarks")
+    assert benchmarks == build.benchmark_tables(build.read_benchmarks()), "run `make results`"
 
 
 def test_no_accuracy_is_claimed_outside_the_table(readme):
-    outside = readme.split(build.BEGIN)[0] + readme.split(build.END)[1]
-    assert not re.findall(r"\d\d\.\d+ ?%", outside)
+    before, _, after = build.written(readme, "results")
+    assert not re.findall(r"\d\d\.\d+ ?%", before + after)
 
 
 def test_records_name_data_seed_device_versions_and_time():
@@ -32,20 +37,55 @@ def test_records_name_data_seed_device_versions_and_time():
         assert {len(values) for values in record["history"].values()} == {record["config"]["epochs"]}
 
 
-def test_every_figure_that_readme_shows_was_made_from_its_record(readme):
-    figures = re.findall(r"!\[.*?\]\((.*?)\)", readme)
-    assert figures == [f"results/{build.figure_name(name)}" for name in build.read_records()]
-    for name in build.read_records():
-        assert Image.open(build.RESULTS / build.figure_name(name)).text["Source"] == build.fingerprint(name)
+def test_every_figure_that_readme_shows_was_made_from_its_records(readme):
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
+    made = build.figures(build.read_records())
+    assert shown == [f"results/{name}.png" for name in made]
+    for name, records in made.items():
+        assert Image.open(build.RESULTS / f"{name}.png").text["Source"] == build.fingerprint(records)
+
+
+def test_benchmarks_name_device_versions_and_time():
+    benchmarks = build.read_benchmarks()
+    assert {record["benchmark"] for record in benchmarks.values()} == {"input_pipeline", "train_step", "epoch"}
+    for record in benchmarks.values():
+        assert record["device"] and record["finished"] and "torch" in record["versions"]
+        assert record["rows"] and {len(row) for row in record["rows"]} == {len(record["columns"])}
+
+
+def made_up(model, seed, accuracy, recipe="default", **changes):
+    """A record like the first published one, of another network, seed and accuracy."""
+    record = next(iter(build.read_records().values()))
+    history = {**record["history"], "test_accuracy": [*record["history"]["test_accuracy"][:-1], accuracy]}
+    config = asdict(Config.named(recipe, seed=seed, batch_size=128, **changes))
+    return {**record, "model": model, "config": config, "batch_size": 128, "history": history}
+
+
+def test_lead_is_taken_at_equal_seeds():
+    records = {
+        "a": made_up("AdvancedCNN", 0, 91.0), "b": made_up("AdvancedCNN", 1, 93.0),
+        "c": made_up("AdvancedCNN", 2, 50.0),
+        "d": made_up("ResNet20", 0, 90.5), "e": made_up("ResNet20", 1, 90.0),
+        "f": made_up("ResNet20", 2, 10.0, epochs=5), "g": made_up("ResNet20", 2, 10.0, recipe="one_cycle"),
+    }  # fmt: skip
+    assert build.lead(records, "default") == pytest.approx((0.5 + 3.0) / 2)
+    assert build.lead(records, "one_cycle") is None
 
 
 def test_table_has_mean_and_spread_over_seeds():
-    record = next(r for r in build.read_records().values() if build.recipe_name(r) == "default")
-    runs = {}
-    for seed, accuracy in enumerate((90.0, 91.0, 92.0)):
-        history = {**record["history"], "test_accuracy": [*record["history"]["test_accuracy"][:-1], accuracy]}
-        runs[str(seed)] = {**record, "config": {**record["config"], "seed": seed}, "history": history}
+    runs = {str(seed): made_up("AdvancedCNN", seed, accuracy) for seed, accuracy in enumerate((90.0, 91.0, 92.0))}
     (row,) = build.accuracy_table(runs).splitlines()[2:]
     assert "| 3 | 91.00 % ± 1.00 |" in row and "| default |" in row
-    other = {**record, "config": {**record["config"], "lr": 0.5}}
+    other = made_up("AdvancedCNN", 0, 90.0, lr=0.5)
     assert len(build.accuracy_table({**runs, "other": other}).splitlines()) == 2 + 2
+
+
+def test_benchmark_table_shows_the_record():
+    record = {
+        "benchmark": "clock", "device": "a machine", "columns": ["way", "ms"], "rows": [["ours", 1.234]],
+        "rounds": 3, "versions": {"torch": "9.9"}, "finished": "now",
+    }  # fmt: skip
+    assert build.benchmark_tables({"x": record}) == (
+        "`python benchmarks/clock.py` on a machine, PyTorch 9.9 (rounds: 3):\n\n"
+        "| way | ms |\n| ---: | ---: |\n| ours | 1.23 |\n"
+    )

@@ -142,7 +142,7 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
         model, named = Interrupted_(), "network's code was"
     elif what == "augmentation":
         centre = utils.test_transforms
-        monkeypatch.setattr(utils, "train_transforms", centre)
+        monkeypatch.setattr(utils, "train_transforms", lambda cutout: centre())
         named = r"augmentation was .*RandomCrop.* and is 'Compose"
     elif what == "optimizer":
         monkeypatch.setattr(utils, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))

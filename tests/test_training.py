@@ -12,7 +12,7 @@ from analysis import collect_logits, misclassified
 from checkpoint import describe_record, write_record
 from cifar10 import MEAN, STD, Split
 from model_AC import AdvancedCNN
-from utils import Config, estimate_seconds, fit, get_device, make_loader, normalize
+from utils import Config, estimate_seconds, fit, get_device, lr_range_test, make_loader, normalize
 
 CPU = torch.device("cpu")
 EXACT = Config(epochs=1, batch_size=32, precision="float32")
@@ -61,7 +61,7 @@ def test_the_default_recipe_is_the_seed_projects():
         {"lr": 0}, {"lr": "0.1"}, {"lr": None}, {"lr": float("nan")}, {"lr": float("inf")},
         {"momentum": 1}, {"momentum": -0.1},
         {"weight_decay": -1}, {"label_smoothing": 1}, {"schedule": "cosine"}, {"warmup": 0}, {"warmup": 1},
-        {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
+        {"cutout": -1}, {"cutout": 33}, {"cutout": 8.0}, {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
     ],
 )  # fmt: skip
 def test_bad_input_recipe(wrong):
@@ -317,3 +317,73 @@ def test_misclassified_images_are_found_and_sorted_by_confidence():
     assert mistakes.index.tolist() == [4, 1, 2] and mistakes.predicted.tolist() == [7, 4, 5]
     row = probabilities[4]
     assert mistakes.confidence[0] == pytest.approx((row[7] / row.sum()).item())
+
+
+# -- the learning rate range test ----------------------------------------------------------------------------------
+
+
+def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
+    """The same steps in NumPy and double precision: the loss's gradient, momentum, and the smoothing."""
+    split = Split(synthetic[0].images[:60], synthetic[0].labels[:60], "60 images: three batches of 20 an epoch")
+    model, config = Linear(), Config(batch_size=20, precision="float32", seed=5)
+    result = lr_range_test(model, split, config, CPU, start=1e-4, end=1e-2, steps=7, smoothing=0.8)
+    assert result.lr == pytest.approx(np.geomspace(1e-4, 1e-2, 7)) and not result.diverged
+
+    by_hand = Linear().double()
+    weight, bias = (p.detach().numpy() for p in by_hand.dense.parameters())  # views: changed in place below
+    momenta, average, expected = [np.zeros_like(weight), np.zeros_like(bias)], 0.0, []
+    loader = make_loader(split, 20, seed=5)
+    for step in range(7):
+        if step % 3 == 0:
+            loader.set_epoch(step // 3)
+            batches = iter(loader)
+        images, labels = (part.numpy() for part in next(batches))
+        log_probs = by_hand.by_hand(images)
+        average = 0.8 * average + 0.2 * -log_probs[np.arange(20), labels].mean()
+        expected.append(average / (1 - 0.8 ** (step + 1)))
+        residual = (np.exp(log_probs) - np.eye(10)[labels]) / 20
+        x = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2).reshape(20, -1)
+        for value, momentum, gradient in zip((weight, bias), momenta, (residual.T @ x, residual.sum(0)), strict=True):
+            momentum *= 0.9
+            momentum += gradient
+            value -= result.lr[step] * momentum
+    assert result.loss == pytest.approx(expected, rel=1e-4)
+    assert result.suggestion == pytest.approx(result.lr[int(np.argmin(expected))] / 10)
+
+
+def test_range_test_stops_where_training_diverges(synthetic):
+    result = lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, steps=60, end=1e4, smoothing=0.5)
+    assert result.diverged and 2 < len(result.lr) == len(result.loss) < 60
+    assert all(loss <= 4 * min(result.loss) for loss in result.loss)
+    assert 1e-5 <= result.suggestion < result.lr[-1]
+
+
+def test_range_test_leaves_model_and_random_states_as_they_were(synthetic):
+    model = small_network()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = utils.make_optimizer(model, Config())
+    settings, state = optimizer.state_dict(), torch.get_rng_state()
+    lr_range_test(model, synthetic[0], Config(batch_size=50), CPU, steps=5)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert optimizer.state_dict() == settings and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_range_test_without_a_finite_loss(synthetic):
+    model = Linear()
+    torch.nn.init.constant_(model.dense.weight, float("nan"))
+    with pytest.raises(utils.TrainingDiverged, match=r"began as nan.*at a learning rate of 0\.0001"):
+        lr_range_test(model, synthetic[0], EXACT, CPU)
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"start": 0}, "start is 0 and end is 10"), ({"start": 2, "end": 1}, "start is 2 and end is 1"),
+        ({"end": float("inf")}, "end is inf"), ({"steps": 1}, "steps is 1; expected at least 2"),
+        ({"smoothing": 1}, "smoothing is 1; expected"),
+    ],
+)  # fmt: skip
+def test_bad_input_range_test(wrong, named, synthetic):
+    with pytest.raises(ValueError, match=named):
+        lr_range_test(Linear(), synthetic[0], EXACT, CPU, **wrong)

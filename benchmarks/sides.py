@@ -1,0 +1,116 @@
+"""Four ways from the training images to normalised float batches on the device, for `input_pipeline.py`.
+
+Each takes (split, batch_size, num_workers, device) and returns an iterable; one pass over it is one epoch in random
+order, every image padded by four zero pixels, cropped at random and flipped half the time. It yields (images float32
+(B, 3, 32, 32) normalised, labels int64 (B,)), both on the device.
+"""
+
+import albumentations as A
+import numpy as np
+import torch
+from albumentations.pytorch import ToTensorV2
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+
+from cifar10 import MEAN, STD
+from loaders import PADDING, make_loader
+from utils import normalize
+
+
+class Ours:
+    """This project's loader: uint8 batches, normalised on the device."""
+
+    def __init__(self, split, batch_size, num_workers, device):
+        self.loader, self.device, self.epoch = make_loader(split, batch_size, num_workers=num_workers), device, 0
+
+    def __iter__(self):
+        self.loader.set_epoch(self.epoch)
+        self.epoch += 1
+        for images, labels in self.loader:
+            yield normalize(images, self.device), labels.to(self.device, non_blocking=True)
+
+
+class _InMemory(CIFAR10):
+    """torchvision's dataset, its own `__getitem__` and all, over images that are loaded already."""
+
+    def __init__(self, split, transform):
+        self.data, self.targets = split.images, split.labels.tolist()
+        self.transform, self.target_transform = transform, None
+
+
+class _PerItem:
+    """torchvision's dataset and PyTorch's default collation."""
+
+    transform = None
+
+    def __init__(self, split, batch_size, num_workers, device):
+        self.device = device
+        self.loader = DataLoader(
+            _InMemory(split, self.transform),
+            batch_size,
+            shuffle=True,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Albumentations:
+    def __init__(self):
+        self.compose = A.Compose(
+            [
+                A.PadIfNeeded(32 + 2 * PADDING, 32 + 2 * PADDING),
+                A.RandomCrop(32, 32),
+                A.HorizontalFlip(p=0.5),
+                A.Normalize(MEAN, STD),
+                ToTensorV2(),
+            ]
+        )
+
+    def __call__(self, image):
+        return self.compose(image=np.array(image))["image"]
+
+
+class Usual(_PerItem):
+    """The usual notebook way: PIL, NumPy, and albumentations item by item, normalisation included."""
+
+    transform = _Albumentations()
+
+
+class Torchvision(_PerItem):
+    """torchvision's own transforms on PIL images, item by item."""
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=PADDING),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+class Limit:
+    """The limit: crop and flip of whole batches by indexing one padded uint8 tensor. It has no workers."""
+
+    def __init__(self, split, batch_size, num_workers, device):
+        padding = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
+        self.images = torch.from_numpy(np.pad(split.images, padding))
+        self.labels = torch.from_numpy(split.labels)
+        self.batch_size, self.device = batch_size, device
+
+    def __iter__(self):
+        ahead = torch.arange(32)
+        for index in torch.randperm(len(self.labels)).split(self.batch_size):
+            top, left = torch.randint(2 * PADDING + 1, (2, len(index), 1))
+            columns = torch.where(torch.rand(len(index), 1) < 0.5, ahead, 31 - ahead) + left
+            images = self.images[index[:, None, None], (ahead + top)[:, :, None], columns[:, None, :]]
+            yield normalize(images, self.device), self.labels[index].to(self.device)
+
+
+SIDES = {"ours": Ours, "usual": Usual, "torchvision": Torchvision, "limit": Limit}
