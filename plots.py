@@ -107,9 +107,8 @@ def plot_lr_range(result, source):
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot(result.lr, result.loss, color=BLUE, linewidth=2, label="smoothed training loss")
-    lowest = int(np.argmin(result.loss))
-    ax.plot(result.lr[lowest], result.loss[lowest], "o", color=BLUE, label=f"lowest: {result.lr[lowest]:.2g}")
-    ax.axvline(result.suggestion, color=ORANGE, linestyle="--", label=f"suggested peak: {result.suggestion:.2g}")
+    label = f"suggested peak: {result.suggestion:.2g}"
+    ax.axvline(result.suggestion, color=ORANGE, linestyle="--", linewidth=2, label=label)
     ax.set_xscale("log")
     low, high = min(result.loss), result.loss[0]
     ax.set_ylim(low - 0.1 * (high - low), max(high, low) + 0.6 * abs(high - low) + 0.1)

@@ -439,8 +439,9 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
 
     The rate grows exponentially from `start` to `end` in so many steps, one batch each; all else is as `config` says.
     The loss is an exponential moving average with weight `smoothing` on the past, corrected for its start at zero.
-    The test stops when it is NaN, infinite, or four times its lowest. Suggested is a tenth of the rate at which it was
-    lowest: there, training is about to become unstable, and at a tenth it still goes fast.
+    The test stops when it is NaN, infinite, or four times its lowest. Suggested is the rate by which the loss has
+    made 95 % of its fall: there "the accuracy slows", in Smith's words, and a larger rate gains nothing more before
+    training breaks down.
 
     A copy of the model is trained, with an optimizer of its own: the model, its optimizer and PyTorch's random states
     on the CPU and CUDA are left as they were. Returns an LRRange. Raises ValueError for a range or number of steps
@@ -471,7 +472,8 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
             losses.append(smoothed)
     if not rates:
         raise TrainingDiverged(f"the loss of the range test began as {smoothed}", 0, 0, start)
-    return LRRange(rates, losses, rates[int(np.argmin(losses))] / 10, diverged)
+    fallen = np.array(losses) <= 0.95 * min(losses) + 0.05 * losses[0]
+    return LRRange(rates, losses, rates[int(fallen.argmax())], diverged)
 
 
 def _endlessly(loader):

@@ -70,6 +70,8 @@ def main():
     options = parser.parse_args()
     if options.only_memory:
         return train_and_print_memory(options)
+    # First, while this process is small: on Linux, a new one's peak begins at that of the process which started it.
+    memory, gpu_memory = peak_memory(options)
     train_split, _ = real_images(options)
     config = Config(batch_size=options.batch_size)
     rows = []
@@ -80,7 +82,6 @@ def main():
         times = in_turn(sides, options.rounds, options.device, warm_up=False)
         for name in times:
             rows.append([f"{n:,}", name, statistics.median(times[name]), ratio(times, name, "limit")])
-    memory, gpu_memory = peak_memory(options)
     columns = ["images", "epoch", "seconds", "over the limit"]
     report(
         "epoch",

@@ -348,14 +348,15 @@ def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
             momentum += gradient
             value -= result.lr[step] * momentum
     assert result.loss == pytest.approx(expected, rel=1e-4)
-    assert result.suggestion == pytest.approx(result.lr[int(np.argmin(expected))] / 10)
+    reached = [expected[0] - loss >= 0.95 * (expected[0] - min(expected)) for loss in expected]
+    assert result.suggestion == result.lr[reached.index(True)]
 
 
 def test_range_test_stops_where_training_diverges(synthetic):
     result = lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, steps=60, end=1e4, smoothing=0.5)
     assert result.diverged and 2 < len(result.lr) == len(result.loss) < 60
     assert all(loss <= 4 * min(result.loss) for loss in result.loss)
-    assert 1e-5 <= result.suggestion < result.lr[-1]
+    assert result.suggestion < result.lr[-1]
 
 
 def test_range_test_leaves_model_and_random_states_as_they_were(synthetic):
