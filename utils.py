@@ -87,8 +87,12 @@ def make_optimizer(model, config):
     return optimizer
 
 
-def _train_step(model, images, labels, optimizer, scaler, config, device):
-    """One step of SGD. Returns the batch's mean NLL and number of correct predictions, both on the device."""
+def train_step(model, images, labels, optimizer, scaler, config, device):
+    """One step of SGD on images uint8 (B, 32, 32, 3) and labels int64 (B,).
+
+    The label smoothing of `config` is in what is minimised, not in what is reported. Returns the batch's mean NLL and
+    number of correct predictions, both on the device.
+    """
     labels = labels.to(device, non_blocking=True)
     with autocast(config, device):
         log_probs = model(normalize(images, device)).float()
@@ -101,7 +105,8 @@ def _train_step(model, images, labels, optimizer, scaler, config, device):
     return nll.detach(), (log_probs.detach().argmax(1) == labels).sum()
 
 
-def _make_scaler(config, device):
+def make_scaler(config, device):
+    """What keeps gradients in float16 from vanishing; it does nothing in the other types."""
     return torch.amp.GradScaler(device.type, enabled=mixed_precision(config, device) is torch.float16)
 
 
@@ -145,7 +150,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
     images came by, augmented and with dropout. Raises TrainingDiverged when a loss is NaN or infinite.
     """
     device = get_device(device)
-    scaler = scaler or _make_scaler(config, device)
+    scaler = scaler or make_scaler(config, device)
     progress = Progress() if progress is None else progress
     model.train()
     pending, refreshed = [], time.monotonic()
@@ -154,7 +159,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
             lr = config.lr_at((epoch + batch_id / len(loader)) / config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            nll, hits = _train_step(model, images, labels, optimizer, scaler, config, device)
+            nll, hits = train_step(model, images, labels, optimizer, scaler, config, device)
             pending.append((nll, hits, lr, len(labels)))
             if time.monotonic() - refreshed > REFRESH_SECONDS or batch_id == len(loader) - 1:
                 _settle(progress, pending, epoch)
@@ -218,7 +223,7 @@ class _Run:
         )
         self.test_loader = make_loader(test_split, 500, train=False)
         self.optimizer = make_optimizer(model, config)
-        self.scaler = _make_scaler(config, device)
+        self.scaler = make_scaler(config, device)
         self.epoch, self.progress, self.bars = 0, Progress(), []
         names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
         self.history = {name: [] for name in names}
@@ -406,18 +411,18 @@ def estimate_seconds(model, train_split, test_split, config, device=None):
         # The first steps allocate memory and choose kernels: the median of the gaps leaves them out.
         return len(loader) * float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
-    def train_step(images, labels):
-        return _train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)[0]
+    def train_one(images, labels):
+        return train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)[0]
 
-    def test_step(images, _):
+    def test_one(images, _):
         with torch.no_grad(), autocast(config, device):
             return run.model(normalize(images, device)).sum()
 
     with torch.random.fork_rng(), kernels(config):
         run.model.train()
-        train_seconds = seconds(run.train_loader, train_step, steps=30)
+        train_seconds = seconds(run.train_loader, train_one, steps=30)
         run.model.eval()
-        test_seconds = seconds(run.test_loader, test_step, steps=5)
+        test_seconds = seconds(run.test_loader, test_one, steps=5)
     return config.epochs * (train_seconds + test_seconds)
 
 
@@ -462,7 +467,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
             lr = start * (end / start) ** (step / (steps - 1))
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            loss, _ = _train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)
+            loss, _ = train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)
             average = smoothing * average + (1 - smoothing) * loss.item()
             smoothed = average / (1 - smoothing ** (step + 1))
             diverged = not math.isfinite(smoothed) or smoothed > 4 * min(losses, default=math.inf)

@@ -16,14 +16,14 @@ from common import evenly, in_turn, make_benchmark_parser, ratio, real_images, r
 
 from config import Config
 from model_AC import AdvancedCNN
-from utils import _make_scaler, _train_step, fit, kernels, make_loader, make_optimizer, train
+from utils import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
 
 
 def sides_of(split, config, device, workers):
     """The limit and an epoch of `train` with each number of workers: functions to be timed, by name."""
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=torch.channels_last)
-    optimizer, scaler = make_optimizer(model, config), _make_scaler(config, device)
+    optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
     loaders = {n: make_loader(split, config.batch_size, num_workers=n) for n in workers}
     images, labels = next(iter(make_loader(split, config.batch_size, num_workers=0)))
     images, labels = images.to(device), labels.to(device)
@@ -33,7 +33,7 @@ def sides_of(split, config, device, workers):
         model.train()
         with kernels(config):
             for n in sizes:
-                _train_step(model, images[:n], labels[:n], optimizer, scaler, config, device)
+                train_step(model, images[:n], labels[:n], optimizer, scaler, config, device)
 
     def epoch(loader):
         def work():

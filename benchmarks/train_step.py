@@ -14,7 +14,7 @@ from common import evenly, in_turn, make_benchmark_parser, ratio, real_images, r
 from cifar10 import MEAN, STD
 from config import Config, mixed_precision
 from model_AC import AdvancedCNN
-from utils import _make_scaler, _train_step, kernels, make_optimizer
+from utils import kernels, make_optimizer, make_scaler, train_step
 
 
 def plain_loop(images, labels, device, steps):
@@ -42,11 +42,11 @@ def our_loop(images, labels, device, steps, config):
     """The steps of `utils.train`, read once at the end: a function that does `steps` of them."""
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=torch.channels_last).train()
-    optimizer, scaler = make_optimizer(model, config), _make_scaler(config, device)
+    optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
 
     def work():
         with kernels(config):
-            done = [_train_step(model, images, labels, optimizer, scaler, config, device) for _ in range(steps)]
+            done = [train_step(model, images, labels, optimizer, scaler, config, device) for _ in range(steps)]
         torch.stack([loss for loss, _ in done]).tolist(), torch.stack([hits for _, hits in done]).tolist()
 
     return work, model

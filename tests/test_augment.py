@@ -216,9 +216,9 @@ def test_cutout_paints_one_square_in_the_mean_colour_at_any_place():
 
 def test_recipe_with_cutout_trains_on_it(synthetic, monkeypatch):
     seen = []
-    step = utils._train_step
+    step = utils.train_step
     monkeypatch.setattr(
-        utils, "_train_step", lambda model, images, *rest: seen.append(images) or step(model, images, *rest)
+        utils, "train_step", lambda model, images, *rest: seen.append(images) or step(model, images, *rest)
     )
     for cutout in (0, 12):
         seen.clear()

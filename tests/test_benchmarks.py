@@ -105,14 +105,14 @@ def test_limit_takes_as_many_steps_as_an_epoch(synthetic, monkeypatch, capsys):
     import utils
 
     sizes = []
-    step = utils._train_step
+    step = utils.train_step
 
     def counted(model, images, *rest):
         sizes.append(len(images))
         return step(model, images, *rest)
 
-    monkeypatch.setattr(utils, "_train_step", counted)
-    monkeypatch.setattr(epoch, "_train_step", counted)
+    monkeypatch.setattr(utils, "train_step", counted)
+    monkeypatch.setattr(epoch, "train_step", counted)
     split = common.evenly(synthetic[0], 100)
     sides = epoch.sides_of(split, Config(batch_size=32), CPU, [0])
     taken = {}

@@ -167,7 +167,7 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
     config = Config(lr=0.5, momentum=0, label_smoothing=0.3, precision="float32")
     ours, other = Linear(), Linear()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    utils._train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
+    utils.train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
     nn.functional.cross_entropy(other.dense(normalize(images, CPU).flatten(1)), labels, label_smoothing=0.3).backward()
     expected = other.dense.weight - 0.5 * other.dense.weight.grad
     torch.testing.assert_close(ours.dense.weight, expected)
@@ -185,7 +185,7 @@ def test_one_batch_can_be_overfitted(synthetic):
     images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
     optimizer, scaler = utils.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(30):
-        nll, hits = utils._train_step(model, images, labels, optimizer, scaler, config, CPU)
+        nll, hits = utils.train_step(model, images, labels, optimizer, scaler, config, CPU)
     assert nll < 0.05 and hits == 32
 
 
