@@ -37,7 +37,7 @@ class CheckpointError(RuntimeError):
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _write(path, content, keep_as=None):
+def write_file(path, content, keep_as=None):
     """Write bytes to `path` all or nothing; what was there before is kept under the name `keep_as`."""
     # A name of its own, since another process may be writing to the same folder, from another machine even.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
@@ -133,7 +133,7 @@ def save_checkpoint(folder, state):
     be written.
     """
     folder = Path(folder)
-    _write(folder / LAST, _serialise("checkpoint", state), keep_as=folder / PREVIOUS)
+    write_file(folder / LAST, _serialise("checkpoint", state), keep_as=folder / PREVIOUS)
 
 
 def load_checkpoint(folder, identity=None):
@@ -172,7 +172,7 @@ def _check_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
-        _write(folder / "probe", b"written")
+        write_file(folder / "probe", b"written")
         (folder / "probe").unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"no checkpoints can be written to '{folder}' ({error}): name another folder") from error
@@ -188,12 +188,12 @@ def _differences(then, now):
 # -- what a run is -------------------------------------------------------------------------------------------------
 
 
-def identify_run(model, train_split, test_split, config, device, augmentation, optimizer):
+def identify_run(model, train_split, test_split, config, device, augmentation, functions):
     """What decides a run's result: a dict of plain values, equal for equal runs.
 
-    The configuration and the batch size it comes to on the device, the network (its class, layers and code), the
-    data (a SHA-256 of images and labels, in their order), the augmentation (as text), and the code of the schedule
-    and of the function that makes the optimizer.
+    The configuration and the batch size it comes to on the device, the network (its class, its layers, its code and
+    that of the module it stands in), the data (a SHA-256 of images and labels, in their order), the augmentation (as
+    text), and the code of the schedule and of `functions`: those that make the optimizer and take a step.
     """
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -201,11 +201,11 @@ def identify_run(model, train_split, test_split, config, device, augmentation, o
         "config": asdict(config),
         "batch_size": config.batch_size_on(torch.device(device)),
         "network": f"{type(model).__name__}, {parameters:,} parameters, layers {_hash(f'{model!r} {shapes}')}",
-        "network's code": _hash(_source(type(model))),
+        "network's code": _hash(_source(type(model)) + _source(inspect.getmodule(type(model)))),
         "data": data_fingerprint(train_split, test_split),
         "augmentation": augmentation,
         "schedule's code": _hash(_source(type(config).lr_at)),
-        "optimizer's code": _hash(_source(optimizer)),
+        **{f"code of {function.__name__}": _hash(_source(function)) for function in functions},
     }
 
 
@@ -250,7 +250,7 @@ def save_model(path, model, config, metrics, classes):
     about = {"network": type(model).__name__, "config": asdict(config), "metrics": metrics, "classes": list(classes)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, _serialise("model", {**about, "model": model.state_dict()}))
+    write_file(path, _serialise("model", {**about, "model": model.state_dict()}))
 
 
 def load_model(path, model):
@@ -327,7 +327,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
         "history": history,
         "device": device_name(device),
         "versions": package_versions(),
-        "commit": _commit(),
+        "commit": project_commit(),
         "seconds": round(sum(history["seconds"]), 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -338,7 +338,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
     with suppress(OSError, ValueError, KeyError):  # there is none yet, or it is not whole
         if (written := json.loads(path.read_text()))["history"] == record["history"]:
             return written  # the run is only shown again: its record says when and where it ran
-    _write(path, json.dumps(record, indent=1).encode())
+    write_file(path, json.dumps(record, indent=1).encode())
     return record
 
 
@@ -352,7 +352,8 @@ def describe_record(record):
     )
 
 
-def _commit():
+def project_commit():
+    """The project's commit, with "-dirty" behind it if files have changed; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         folder = Path(__file__).resolve().parent

@@ -308,7 +308,7 @@ def _identity(model, train_split, test_split, config, device):
         config,
         device,
         augmentation=repr(train_transforms(config.cutout)),
-        optimizer=make_optimizer,
+        functions=(make_optimizer, train_step),
     )
 
 
@@ -450,7 +450,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
 
     A copy of the model is trained, with an optimizer of its own: the model, its optimizer and PyTorch's random states
     on the CPU and CUDA are left as they were. Returns an LRRange. Raises ValueError for a range or number of steps
-    that makes no sense, TrainingDiverged when the very first step has no finite loss.
+    that makes no sense, for a network whose first loss is not finite, and when the loss never falls.
     """
     if not 0 < start < end < math.inf:
         raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
@@ -463,6 +463,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
     run.model.train()
     rates, losses, average = [], [], 0.0
     with torch.random.fork_rng(), kernels(config):
+        torch.manual_seed(config.seed)
         for step, (images, labels) in zip(range(steps), _endlessly(run.train_loader), strict=False):
             lr = start * (end / start) ** (step / (steps - 1))
             for group in run.optimizer.param_groups:
@@ -476,7 +477,9 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
             rates.append(lr)
             losses.append(smoothed)
     if not rates:
-        raise TrainingDiverged(f"the loss of the range test began as {smoothed}", 0, 0, start)
+        raise ValueError(f"the first loss is {smoothed}, before any step: the weights or what comes in are not finite")
+    if min(losses) == losses[0]:
+        raise ValueError(f"the loss never fell below that at start, {start:g}: begin with a smaller rate")
     fallen = np.array(losses) <= 0.95 * min(losses) + 0.05 * losses[0]
     return LRRange(rates, losses, rates[int(fallen.argmax())], diverged)
 

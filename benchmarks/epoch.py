@@ -6,21 +6,25 @@ grows with the number of images and of workers, and the peak memory of a trainin
 
 import contextlib
 import io
-import resource
+import json
 import statistics
 import subprocess
 import sys
 
 import torch
-from common import evenly, in_turn, make_benchmark_parser, ratio, real_images, report
+from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
 
+from cifar10 import load_cifar10
 from config import Config
 from model_AC import AdvancedCNN
 from utils import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
 
 
 def sides_of(split, config, device, workers):
-    """The limit and an epoch of `train` with each number of workers: functions to be timed, by name."""
+    """The limit and an epoch of `train` with each number of workers: functions to be timed, by name.
+
+    All is warm: the workers run, and a step of each size has been taken, so that its kernels are chosen.
+    """
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=torch.channels_last)
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
@@ -42,57 +46,62 @@ def sides_of(split, config, device, workers):
 
         return work
 
+    for loader in loaders.values():
+        next(iter(loader))
+    model.train()
+    with kernels(config):
+        for n in [*{*sizes}] * 5:
+            train_step(model, images[:n], labels[:n], optimizer, scaler, config, device)
     return {"limit": limit, **{f"{n} workers": epoch(loader) for n, loader in loaders.items()}}
 
 
 def peak_memory(options):
-    """Train and test one epoch in a process of its own. Returns its peak resident set in GB, and the GPU's or None."""
+    """Train and test one epoch in a process of its own. Returns its peak resident set and the GPU's peak, in GB.
+
+    None for what the platform cannot tell. Without loader workers, which are processes of their own.
+    """
     command = [sys.executable, __file__, "--only-memory", "--device", str(options.device)]
+    command += ["--batch-size", str(options.batch_size)]
     if options.data:
         command += ["--data", options.data]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return [float(number) if number != "None" else None for number in answer[-2:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # what is wrong stands on standard error already
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def train_and_print_memory(options):
-    splits = real_images(options)
-    fit(AdvancedCNN(), *splits, Config(epochs=1, batch_size=options.batch_size), options.device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    gpu = torch.cuda.max_memory_allocated() / 1e9 if options.device.type == "cuda" else None
-    print(peak / 1e9, gpu)
+    fit(AdvancedCNN(), *load_cifar10(options.data), Config(epochs=1, batch_size=options.batch_size), options.device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        peak = None
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    gpu = torch.cuda.max_memory_allocated(options.device) / 1e9 if options.device.type == "cuda" else None
+    print(json.dumps([peak, gpu and round(gpu, 2)]))
 
 
 def main():
-    parser = make_benchmark_parser(__doc__.splitlines()[0], rounds=2, batch_size=128)
-    parser.add_argument("--images", type=int, nargs="+", default=[12_500, 25_000, 50_000], help="sizes of the epoch")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers")
+    sizes = {"images": [12_500, 25_000, 50_000], "workers": [0, 1, 2]}
+    parser = make_benchmark_parser(__doc__.splitlines()[0], rounds=2, batch_size=128, **sizes)
     parser.add_argument("--only-memory", action="store_true", help="train one epoch, print peak memory")
     options = parser.parse_args()
     if options.only_memory:
         return train_and_print_memory(options)
-    # First, while this process is small: on Linux, a new one's peak begins at that of the process which started it.
+    split = training_images(options, max(options.images))
+    # Soon, while this process is small: on Linux, a new one's peak begins at that of the process which started it.
     memory, gpu_memory = peak_memory(options)
-    train_split, _ = real_images(options)
     config = Config(batch_size=options.batch_size)
     rows = []
-    few = evenly(train_split, min(20 * options.batch_size, len(train_split)))
-    sides_of(few, config, options.device, [0])["0 workers"]()  # warms up
     for n in options.images:
-        sides = sides_of(evenly(train_split, n), config, options.device, options.workers)
+        sides = sides_of(evenly(split, n), config, options.device, options.workers)
         times = in_turn(sides, options.rounds, options.device, warm_up=False)
-        for name in times:
-            rows.append([f"{n:,}", name, statistics.median(times[name]), ratio(times, name, "limit")])
+        rows += [[f"{n:,}", name, statistics.median(times[name]), ratio(times, name, "limit")] for name in times]
+    notes = {"peak resident set (GB)": memory, "peak GPU memory (GB)": gpu_memory}
     columns = ["images", "epoch", "seconds", "over the limit"]
-    report(
-        "epoch",
-        options.device,
-        options.save,
-        columns,
-        rows,
-        rounds=options.rounds,
-        peak_resident_set_GB=memory,
-        peak_GPU_memory_GB=gpu_memory,
-    )
+    report("epoch", options, split, columns, rows, **{key: value for key, value in notes.items() if value})
 
 
 if __name__ == "__main__":

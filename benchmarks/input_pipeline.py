@@ -6,7 +6,8 @@ the same normalised float batch on the training device (see sides.py).
 
 import statistics
 
-from common import evenly, in_turn, make_benchmark_parser, ratio, real_images, report
+from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
+from sides import SIDES
 
 
 def measure(sides, train_split, batch_size, num_workers, rounds, device):
@@ -25,11 +26,8 @@ def measure(sides, train_split, batch_size, num_workers, rounds, device):
 
 def main():
     options = make_benchmark_parser(__doc__.splitlines()[0], images=10_000, rounds=7, batch_size=128).parse_args()
-    # After the options are read, so that --help does not wait for the imports.
-    from sides import SIDES
-
-    train_split, _ = real_images(options)
-    some = evenly(train_split, options.images)
+    split = training_images(options, options.images)
+    some = evenly(split, options.images)
     rows = []
     for num_workers in (0, 2):
         sides = {name: side for name, side in SIDES.items() if num_workers == 0 or name != "limit"}
@@ -37,17 +35,7 @@ def main():
         for name in sides:
             speed = len(some) / statistics.median(times[name])
             rows.append([name, str(num_workers), f"{speed:,.0f}", ratio(times, name, "ours")])
-    columns = ["way", "workers", "images/s", "time over ours"]
-    report(
-        "input_pipeline",
-        options.device,
-        options.save,
-        columns,
-        rows,
-        images=len(some),
-        rounds=options.rounds,
-        data=some.source,
-    )
+    report("input_pipeline", options, split, ["way", "workers", "images/s", "time over ours"], rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,13 @@
 
 Each takes (split, batch_size, num_workers, device) and returns an iterable; one pass over it is one epoch in random
 order, every image padded by four zero pixels, cropped at random and flipped half the time. It yields (images float32
-(B, 3, 32, 32) normalised, labels int64 (B,)), both on the device.
+(B, 3, 32, 32) normalised, labels int64 (B,)), both on the device. The usual way is written as it usually is: of its
+forked workers, each draws the same crops and flips as the others.
 """
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the package index for news: 2 s
 
 import albumentations as A
 import numpy as np
@@ -96,21 +101,22 @@ class Torchvision(_PerItem):
 
 
 class Limit:
-    """The limit: crop and flip of whole batches by indexing one padded uint8 tensor. It has no workers."""
+    """The limit: crop and flip of whole batches by indexing one padded uint8 tensor on the device, without workers."""
 
     def __init__(self, split, batch_size, num_workers, device):
         padding = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
-        self.images = torch.from_numpy(np.pad(split.images, padding))
-        self.labels = torch.from_numpy(split.labels)
+        self.images = torch.from_numpy(np.pad(split.images, padding)).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
         self.batch_size, self.device = batch_size, device
 
     def __iter__(self):
-        ahead = torch.arange(32)
-        for index in torch.randperm(len(self.labels)).split(self.batch_size):
-            top, left = torch.randint(2 * PADDING + 1, (2, len(index), 1))
-            columns = torch.where(torch.rand(len(index), 1) < 0.5, ahead, 31 - ahead) + left
+        on = {"device": self.device}
+        ahead = torch.arange(32, **on)
+        for index in torch.randperm(len(self.labels), **on).split(self.batch_size):
+            top, left = torch.randint(2 * PADDING + 1, (2, len(index), 1), **on)
+            columns = torch.where(torch.rand(len(index), 1, **on) < 0.5, ahead, 31 - ahead) + left
             images = self.images[index[:, None, None], (ahead + top)[:, :, None], columns[:, None, :]]
-            yield normalize(images, self.device), self.labels[index].to(self.device)
+            yield normalize(images, self.device), self.labels[index]
 
 
 SIDES = {"ours": Ours, "usual": Usual, "torchvision": Torchvision, "limit": Limit}

@@ -1,26 +1,34 @@
-"""Train a network and publish its record: `python benchmarks/train.py AdvancedCNN one_cycle --seed 0`.
+"""Train a network and publish its record: `python benchmarks/train.py AdvancedCNN one_cycle --seeds 0`.
 
 The same `fit` that the notebook calls, at batch size 128 on every device. Run again after a cut, it goes on from the
-last checkpoint in runs/. In the end the record lies in results/ and the weights in runs/.
+last checkpoint in runs/, where the weights and the record are left as well. A run of 40 epochs on all of CIFAR-10 is
+published: its record is copied to results/.
 """
 
+import shutil
+import sys
 from pathlib import Path
 
 import torch
-from common import ROOT, make_parser, real_images
+from common import ROOT, make_parser
 from resnet20 import ResNet20
 
 import utils
 from model_AC import AdvancedCNN
 
+PUBLISHED = 40, 128, 50_000, 10_000  # epochs, batch size, training and test images of a run that is published
 NETWORKS = {network.__name__: network for network in (AdvancedCNN, ResNet20)}
 
 
-def publish(network, config, train_split, test_split, device, runs, results):
-    """Train `network`, a class, as `config` says, with checkpoints in the folder `runs`.
+def record_path(results, network, recipe, seed, device):
+    """Where a run's record is published."""
+    return Path(results) / f"{network.__name__}_{recipe}_seed{seed}_{device.type}.json"
 
-    Writes the record to the folder `results` and returns it; None, and nothing is written, when training was
-    interrupted.
+
+def run(network, config, train_split, test_split, device, runs):
+    """Train `network`, a class, as `config` says, in a folder of its own in `runs`.
+
+    Returns that folder, in which its checkpoints, weights and record lie; None when training was interrupted.
     """
     torch.manual_seed(config.seed)
     model = network()
@@ -30,22 +38,32 @@ def publish(network, config, train_split, test_split, device, runs, results):
         return None
     metrics = {name: values[-1] for name, values in history.items()}
     utils.save_model(folder / "model.pt", model, config, metrics, utils.CLASSES)
-    recipe = "default" if config.schedule == "constant" else config.schedule
-    name = f"{network.__name__}_{recipe}_seed{config.seed}_{device.type}.json"
-    return utils.write_record(Path(results) / name, model, train_split, test_split, config, history, device)
+    record = utils.write_record(folder / "record.json", model, train_split, test_split, config, history, device)
+    print(utils.describe_record(record))
+    return folder
 
 
-def main():
-    parser = make_parser(__doc__.splitlines()[0], epochs=40, batch_size=128)
+def main(results=ROOT / "results", runs=ROOT / "runs"):
+    parser = make_parser(__doc__.splitlines()[0], epochs=40, batch_size=128, seeds=[0])
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("recipe", choices=("default", "one_cycle"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each, one after the other")
+    parser.add_argument("--replace", action="store_true", help="publish in place of a record that is there already")
     options = parser.parse_args()
-    splits = real_images(options)
-    for seed in options.seeds:
+    splits = utils.load_cifar10(options.data)
+    sizes = options.epochs, options.batch_size, *map(len, splits)
+    published = sizes == PUBLISHED
+    network = NETWORKS[options.network]
+    paths = {seed: record_path(results, network, options.recipe, seed, options.device) for seed in options.seeds}
+    if published and not options.replace and (there := [str(path) for path in paths.values() if path.exists()]):
+        sys.exit(f"There is a record already: {', '.join(there)}. Name another seed, or say --replace.")
+    for seed, path in paths.items():
         config = utils.Config.named(options.recipe, epochs=options.epochs, batch_size=options.batch_size, seed=seed)
-        record = publish(NETWORKS[options.network], config, *splits, options.device, ROOT / "runs", ROOT / "results")
-        print(utils.describe_record(record) if record else "Interrupted: nothing is published. Run again to go on.")
+        folder = run(network, config, *splits, options.device, runs)
+        if folder is None:
+            sys.exit("Interrupted: nothing is published. Run again to go on.")
+        if published:
+            shutil.copyfile(folder / "record.json", path)
+        print(f"Record: {path if published else folder / 'record.json'}")
 
 
 if __name__ == "__main__":

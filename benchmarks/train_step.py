@@ -9,7 +9,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import evenly, in_turn, make_benchmark_parser, ratio, real_images, report
+from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
 
 from cifar10 import MEAN, STD
 from config import Config, mixed_precision
@@ -54,8 +54,8 @@ def our_loop(images, labels, device, steps, config):
 
 def main():
     options = make_benchmark_parser(__doc__.splitlines()[0], steps=10, rounds=9, batch_size=128).parse_args()
-    train_split, _ = real_images(options)
-    batch = evenly(train_split, options.batch_size)
+    split = training_images(options, options.batch_size)
+    batch = evenly(split, options.batch_size)
     images, labels = torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
     config = Config(batch_size=options.batch_size)
     sides = {
@@ -69,10 +69,7 @@ def main():
         [name, 1000 * statistics.median(times[name]) / options.steps, ratio(times, "plain loop", name)]
         for name in sides
     ]
-    columns = ["loop", "ms a step", "plain loop over this"]
-    report(
-        "train_step", options.device, options.save, columns, rows, batch_size=options.batch_size, rounds=options.rounds
-    )
+    report("train_step", options, split, ["loop", "ms a step", "plain loop over this"], rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import statistics
 import sys
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -13,7 +14,7 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
 from config import Config
-from plots import BLUE, GREEN, ORANGE
+from plots import BLUE, ORANGE
 
 README = RESULTS.parent / "README.md"
 MARKS = {
@@ -42,51 +43,59 @@ def recipe_name(record):
     return "other"
 
 
+def recipe_of(record):
+    """A record's recipe in full, but for its seed, as text that is equal for equal recipes.
+
+    A number that an older record does not have is the default's.
+    """
+    recipe = asdict(Config(**record["config"])) | {"seed": None, "batch_size": record["batch_size"]}
+    return json.dumps(recipe, sort_keys=True)
+
+
+def place_of(record):
+    """What two runs must share to be compared, beside the recipe: images and device."""
+    return record["data_fingerprint"], record["device"]
+
+
 def accuracy_table(records):
-    """A Markdown table: a row for all runs of one network, data and device that differ in their seed alone."""
+    """A Markdown table: a row for all runs of one network, recipe, data and device, which differ in their seed."""
 
     def kind(record):
-        network = record["model"], record["width"] or 1.0
-        recipe = recipe_name(record), record["batch_size"], record["config"]["epochs"]
-        rest = json.dumps({**record["config"], "seed": None}, sort_keys=True)
-        return *network, *recipe, record["data"], record["device"], rest
+        network = record["model"], record["width"] or 1.0, record["parameters"], record["macs"]
+        return recipe_name(record), recipe_of(record), *network, *place_of(record)
 
     rows = [
         "| network | recipe | batch | epochs | runs | test accuracy, last epoch | train | parameters "
         "| multiply-accumulates | median epoch | device |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for key, group in groupby(sorted(records.values(), key=kind), kind):
+    for _, group in groupby(sorted(records.values(), key=kind), kind):
         runs = list(group)
-        model, width, recipe, batch, epochs, _, device, _ = key
+        first = runs[0]
         test, train = ([run["history"][f"{split}_accuracy"][-1] for run in runs] for split in ("test", "train"))
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
         seconds = statistics.median(second for run in runs for second in run["history"]["seconds"])
-        name = model if width == 1 else f"{model}, width {width:g}"
+        width = first["width"] or 1
+        name = first["model"] if width == 1 else f"{first['model']}, width {width:g}"
         rows.append(
-            f"| {name} | {recipe} | {batch} | {epochs} | {len(runs)} | {statistics.mean(test):.2f} %{spread} "
-            f"| {statistics.mean(train):.2f} % | {runs[0]['parameters'] / 1e6:.2f} M | {runs[0]['macs'] / 1e6:.1f} M "
-            f"| {seconds:.0f} s | {device} |"
+            f"| {name} | {recipe_name(first)} | {first['batch_size']} | {first['config']['epochs']} | {len(runs)} "
+            f"| {statistics.mean(test):.2f} %{spread} | {statistics.mean(train):.2f} % "
+            f"| {first['parameters'] / 1e6:.2f} M | {first['macs'] / 1e6:.1f} M | {seconds:.0f} s | {first['device']} |"
         )
     return "\n".join(rows) + "\n"
 
 
-def lead(records, recipe):
-    """Percentage points of test accuracy that AdvancedCNN is ahead of ResNet20, over the seeds that both have.
+def leads(records, recipe):
+    """Percentage points of test accuracy that AdvancedCNN, at width 1, is ahead of ResNet20: one number a pair.
 
-    Of runs with this recipe, 40 epochs and batch size 128; None if no seed has both.
+    A pair has the same recipe, of this name, the same seed, images and device.
     """
-    accuracy = {}
+    pairs = {}
     for record in records.values():
-        config = record["config"]
-        if (recipe_name(record), record["batch_size"], config["epochs"]) == (recipe, 128, 40):
-            accuracy[record["model"], config["seed"]] = record["history"]["test_accuracy"][-1]
-    leads = [
-        accuracy["AdvancedCNN", seed] - accuracy["ResNet20", seed]
-        for model, seed in accuracy
-        if model == "ResNet20" and ("AdvancedCNN", seed) in accuracy
-    ]
-    return statistics.mean(leads) if leads else None
+        if recipe_name(record) == recipe and (record["width"] or 1) == 1:
+            pair = pairs.setdefault((recipe_of(record), record["config"]["seed"], *place_of(record)), {})
+            pair[record["model"]] = record["history"]["test_accuracy"][-1]
+    return [pair["AdvancedCNN"] - pair["ResNet20"] for pair in pairs.values() if {"AdvancedCNN", "ResNet20"} <= {*pair}]
 
 
 def results_section(records):
@@ -94,9 +103,11 @@ def results_section(records):
     sources = sorted({record["data"] for record in records.values()})
     parts = [accuracy_table(records), f"Data: {'; '.join(sources)}.\n"]
     for recipe in ("default", "one_cycle"):
-        if (points := lead(records, recipe)) is not None:
+        if ahead := leads(records, recipe):
+            runs = "one run each" if len(ahead) == 1 else f"{len(ahead)} runs each"
             parts.append(
-                f"With the recipe `{recipe}`, AdvancedCNN is {points:.2f} points ahead of ResNet20 at equal seeds.\n"
+                f"Recipe `{recipe}`: AdvancedCNN is {statistics.mean(ahead):.2f} points ahead of ResNet20, with the "
+                f"same seeds, images and device ({runs}).\n"
             )
     parts += [f"![{name}: test accuracy over the epochs](results/{name}.png)\n" for name in figures(records)]
     return "\n".join(parts)
@@ -106,15 +117,19 @@ def benchmark_tables(benchmarks):
     """What README.md says of speed: a Markdown table for each benchmark and device."""
     parts = []
     for record in benchmarks.values():
-        known = ("benchmark", "device", "columns", "rows", "versions", "finished")
-        more = [f"{key.replace('_', ' ')}: {value}" for key, value in record.items() if key not in known and value]
+        options = [f"{key.replace('_', ' ')} {listed(value)}" for key, value in record["options"].items()]
+        notes = [f"{key}: {value}" for key, value in record["notes"].items()]
         rows = [[cell if isinstance(cell, str) else f"{cell:,.2f}" for cell in row] for row in record["rows"]]
         table = [record["columns"], ["---:"] * len(record["columns"]), *rows]
         parts.append(
             f"`python benchmarks/{record['benchmark']}.py` on {record['device']}, PyTorch {record['versions']['torch']}"
-            f" ({'; '.join(more)}):\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
+            f" ({'; '.join([*options, *notes])}):\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
         )
     return "\n".join(parts)
+
+
+def listed(value):
+    return ", ".join(f"{number:,}" for number in value) if isinstance(value, list) else f"{value:,}"
 
 
 def figures(records):
@@ -126,20 +141,19 @@ def figures(records):
 
 
 def plot_comparison(records, recipe):
-    """Test accuracy over the epochs of all runs with one recipe, with that of training as a thin line."""
+    """Accuracy over the epochs of all runs with one recipe: test, and training as a dotted line."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    labelled = set()
-    for record in sorted(records.values(), key=lambda record: record["model"]):
-        history, model = record["history"], record["model"]
-        color = COLOURS.get(model, GREEN)
-        epochs = range(1, len(history["seconds"]) + 1)
+    for model, color in COLOURS.items():
+        histories = [record["history"] for record in records.values() if record["model"] == model]
         for split, width, style in (("test", 2, "-"), ("train", 1, ":")):
-            values = history[f"{split}_accuracy"]
-            label = None if model in labelled else f"{model}, {split} (last: {values[-1]:.2f} %)"
-            ax.plot(epochs, values, style, color=color, linewidth=width, label=label)
-        labelled.add(model)
-    ax.set_title(f"Accuracy with the recipe {recipe}: {record['data']}", fontsize=12)
+            curves = [history[f"{split}_accuracy"] for history in histories]
+            for number, curve in enumerate(curves):
+                last = f"{model}, {split} (last: {', '.join(f'{values[-1]:.2f}' for values in curves)})"
+                label = None if number else last
+                ax.plot(range(1, len(curve) + 1), curve, style, color=color, linewidth=width, label=label)
+    sources = sorted({record["data"] for record in records.values()})
+    ax.set_title(f"Accuracy with the recipe {recipe}: {'; '.join(sources)}", fontsize=12)
     ax.set_xlabel("epoch")
     ax.set_ylabel("accuracy (%)")
     ax.set_ylim(bottom=60)
@@ -152,7 +166,7 @@ def fingerprint(names):
     """A SHA-256 over records, which the figure made of them carries as the text "Source"."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        digest.update((RESULTS / name).read_bytes())
+        digest.update((RESULTS / name).read_text(encoding="utf-8").encode())  # the same where git ends lines otherwise
     return digest.hexdigest()
 
 
@@ -166,6 +180,8 @@ def written(text, name):
 
 def main():
     records, benchmarks = read_records(), read_benchmarks()
+    for old in RESULTS.glob("*.png"):
+        old.unlink()
     for name, of in figures(records).items():
         figure = plot_comparison(of, name.removeprefix("accuracy_"))
         figure.savefig(RESULTS / f"{name}.png", bbox_inches="tight", metadata={"Source": fingerprint(of)})

@@ -1,5 +1,6 @@
 """The benchmarks compare like with like, and what they say is what they measured."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from fakes import class_folders, position_coded
 from resnet20 import ResNet20
 from sides import SIDES
 
-from checkpoint import count_macs
+from checkpoint import count_macs, load_model
 from cifar10 import MEAN, STD, Split
 from utils import Config
 
@@ -131,8 +132,6 @@ def test_images_are_taken_evenly():
     split = Split(np.zeros((100, 32, 32, 3), np.uint8), np.arange(100) // 10, "in the order of their classes")
     assert common.evenly(split, 10).labels.tolist() == list(range(10))
     assert np.bincount(common.evenly(split, 35).labels).tolist() == [4, 3] * 5
-    with pytest.raises(ValueError, match="101 images are asked for, and there are 100"):
-        common.evenly(split, 101)
 
 
 def test_sides_are_timed_in_turn():
@@ -146,40 +145,75 @@ def test_ratio_is_the_median_over_the_rounds():
     assert common.ratio({"A": [2.0, 9.0, 4.0], "B": [1.0, 1.0, 1.0]}, "A", "B") == 4.0
 
 
-def test_report_prints_and_saves_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "SAVED", tmp_path)
-    common.report("clock", CPU, False, ["way", "ms"], [["ours", 1.234], ["theirs", 20.0]], rounds=3)
+def test_the_clock_waits_for_the_device(monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "synchronize", lambda device: calls.append(device))
+    common.seconds(lambda: calls.append("work"), CPU)
+    assert calls == [CPU, "work", CPU]
+
+
+def test_report_prints_and_saves_the_same(tmp_path, monkeypatch, capsys, synthetic):
+    monkeypatch.setattr(common, "SAVED", tmp_path / "new")
+    options = argparse.Namespace(device=CPU, save=False, rounds=3, data="/a/folder")
+    rows = [["ours", 1.234], ["theirs", 20.0]]
+    common.report("clock", options, synthetic[0], ["way", "ms"], rows, peak=1.5)
     assert not list(tmp_path.iterdir())
-    common.report("clock", CPU, True, ["way", "ms"], [["ours", 1.234], ["theirs", 20.0]], rounds=3)
+    options.save = True
+    common.report("clock", options, synthetic[0], ["way", "ms"], rows, peak=1.5)
     printed = capsys.readouterr().out
-    assert re.search(r"^ *ours +1\.23$", printed, re.MULTILINE) and "rounds: 3" in printed
-    record = json.loads((tmp_path / "clock_cpu.json").read_text())
-    assert record["rows"] == [["ours", 1.234], ["theirs", 20.0]] and record["rounds"] == 3
+    assert re.search(r"^ *ours +1\.23$", printed, re.MULTILINE) and "peak: 1.5" in printed
+    record = json.loads((tmp_path / "new" / "clock_cpu.json").read_text())
+    assert record["rows"] == rows and record["options"] == {"rounds": 3} and record["notes"] == {"peak": 1.5}
+    assert record["data"] == synthetic[0].source and "/a/folder" not in str(record)
     assert record["device"] in printed and record["versions"]["torch"] in printed
 
 
-@pytest.mark.parametrize("command", ["input_pipeline", "train_step", "epoch"])
-def test_commands_run_on_a_folder_of_images(command, tmp_path):
+def run_command(command, *options):
+    line = [sys.executable, BENCHMARKS / f"{command}.py", *map(str, options)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    "command, options, rows",
+    [
+        ("input_pipeline", ["--images", 40], ["ours", "usual", "torchvision", "limit"]),
+        ("train_step", ["--steps", 1], ["plain loop", "ours, float32"]),
+        ("epoch", ["--images", 40], ["limit", "0 workers", "1 workers", "2 workers"]),
+    ],
+)
+def test_commands_run_on_a_folder_of_images(command, options, rows, tmp_path):
     class_folders(tmp_path, per_train=20, per_test=2)
-    few = {"input_pipeline": ["--images", "40"], "train_step": ["--steps", "1"], "epoch": ["--images", "40"]}[command]
-    line = [sys.executable, BENCHMARKS / f"{command}.py", "--data", tmp_path, "--rounds", "1", "--batch-size", "16"]
-    line += few
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    done = run_command(command, "--data", tmp_path, "--rounds", 1, "--batch-size", 16, *options)
     assert done.returncode == 0, done.stderr
-    assert f"{command} on " in done.stdout and "ours" in done.stdout + "ours" * (command == "epoch")
+    assert f"{command} on " in done.stdout and all(row in done.stdout for row in rows)
     if command == "epoch":
-        limit, none, *_ = re.findall(r"(limit|\d workers) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
-        assert limit[2] == "1.00" and none[0] == "0 workers"
-        assert 0.1 < float(re.search(r"peak resident set GB: ([\d.]+)", done.stdout)[1]) < 4
+        assert re.search(r"limit +[\d.]+ +1\.00$", done.stdout, re.MULTILINE)
+        assert 0.1 < float(re.search(r"peak resident set \(GB\): ([\d.]+)", done.stdout)[1]) < 4
+
+
+def test_memory_is_measured_at_the_batch_size_asked_for(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "Epoch 1\n[1.25, null]\n")
+
+    monkeypatch.setattr(epoch.subprocess, "run", run)
+    options = argparse.Namespace(device=CPU, batch_size=77, data="/some/folder")
+    assert epoch.peak_memory(options) == [1.25, None]
+    assert " ".join(asked[0][2:]) == "--only-memory --device cpu --batch-size 77 --data /some/folder"
 
 
 def test_bad_input_on_the_command_line(tmp_path):
-    def complaint(*options):
-        line = [sys.executable, BENCHMARKS / "train_step.py", *options]
-        return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False).stderr
-
-    assert "'0' is not a whole number of at least 1" in complaint("--rounds", "0")
-    assert "gpu" in complaint("--device", "gpu")
+    class_folders(tmp_path, per_train=2, per_test=2)
+    for options, complaint in (
+        (["--rounds", 0], "argument --rounds: '0' is not a whole number of at least 1"),
+        (["--device", "gpu"], "device is 'gpu', which PyTorch does not know: on this machine there is"),
+        (["--data", tmp_path], "128 training images are asked for, and 'CIFAR-10"),
+        (["--data", tmp_path, "--batch-size", 8, "--save"], "only figures of all 50,000 are published"),
+    ):
+        done = run_command("train_step", *options)
+        assert done.returncode and complaint in " ".join(done.stderr.split()), done.stderr
 
 
 # -- ResNet-20 and its training ------------------------------------------------------------------------------------
@@ -210,17 +244,39 @@ def test_resnet20_shortcuts_carry_the_image_through():
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and not y[:, :8].any() and not y[:, 24:].any()
 
 
-def test_a_published_run_leaves_its_record(synthetic, tmp_path, monkeypatch, capsys):
-    config = Config.one_cycle(epochs=1, batch_size=50, seed=3)
-    record = training.publish(ResNet20, config, *synthetic, CPU, tmp_path / "runs", tmp_path)
-    (path,) = tmp_path.glob("*.json")
-    assert path.name == "ResNet20_one_cycle_seed3_cpu.json" and json.loads(path.read_text()) == record
-    assert record["model"] == "ResNet20" and record["config"]["seed"] == 3
-    assert list(tmp_path.glob("runs/*/model.pt"))
+@pytest.fixture
+def publish(synthetic, tmp_path, monkeypatch):
+    """Runs the command on the stand-in, which may pass for all of CIFAR-10, one epoch for 40; returns the records."""
+    monkeypatch.setattr(training.utils, "load_cifar10", lambda _: synthetic)
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", "ResNet20", "one_cycle", "--device", "cpu", *map(str, options)])
+        training.main(tmp_path, tmp_path / "runs")
+        return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+
+    return command
 
 
-def test_an_interrupted_run_is_not_published(synthetic, tmp_path, monkeypatch, capsys):
+def test_a_run_leaves_record_and_weights_and_only_a_whole_one_is_published(publish, tmp_path, monkeypatch, capsys):
+    assert publish("--epochs", 1, "--seeds", 3) == {}
+    (folder,) = (tmp_path / "runs").iterdir()
+    record = json.loads((folder / "record.json").read_text())
+    assert record["model"] == "ResNet20" and record["config"]["seed"] == 3 and record["batch_size"] == 128
+    assert load_model(folder / "model.pt", ResNet20())["metrics"]["test_accuracy"] >= 0
+
+    monkeypatch.setattr(training, "PUBLISHED", (1, 128, 300, 100))
+    records = publish("--epochs", 1, "--seeds", 3, 4)
+    assert set(records) == {"ResNet20_one_cycle_seed3_cpu.json", "ResNet20_one_cycle_seed4_cpu.json"}
+    assert records["ResNet20_one_cycle_seed3_cpu.json"] == record
+    with pytest.raises(SystemExit, match=r"There is a record already: .*seed4_cpu\.json.*--replace"):
+        publish("--epochs", 1, "--seeds", 5, 4)
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # refused before any work
+    assert len(publish("--epochs", 1, "--seeds", 4, "--replace")) == 2
+
+
+def test_an_interrupted_run_is_not_published_and_ends_the_command(publish, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "PUBLISHED", (1, 128, 300, 100))
     monkeypatch.setattr(ResNet20, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    config = Config(epochs=1, batch_size=50)
-    assert training.publish(ResNet20, config, *synthetic, CPU, tmp_path / "runs", tmp_path) is None
-    assert not list(tmp_path.glob("*.json"))
+    with pytest.raises(SystemExit, match="Interrupted: nothing is published"):
+        publish("--epochs", 1, "--seeds", 0, 1)
+    assert not list(tmp_path.glob("*.json")) and len(list((tmp_path / "runs").iterdir())) == 1

@@ -50,6 +50,7 @@ def test_benchmarks_name_device_versions_and_time():
     assert {record["benchmark"] for record in benchmarks.values()} == {"input_pipeline", "train_step", "epoch"}
     for record in benchmarks.values():
         assert record["device"] and record["finished"] and "torch" in record["versions"]
+        assert "synthetic" not in record["data"] and record["commit"]
         assert record["rows"] and {len(row) for row in record["rows"]} == {len(record["columns"])}
 
 
@@ -61,31 +62,36 @@ def made_up(model, seed, accuracy, recipe="default", **changes):
     return {**record, "model": model, "config": config, "batch_size": 128, "history": history}
 
 
-def test_lead_is_taken_at_equal_seeds():
-    records = {
-        "a": made_up("AdvancedCNN", 0, 91.0), "b": made_up("AdvancedCNN", 1, 93.0),
-        "c": made_up("AdvancedCNN", 2, 50.0),
-        "d": made_up("ResNet20", 0, 90.5), "e": made_up("ResNet20", 1, 90.0),
-        "f": made_up("ResNet20", 2, 10.0, epochs=5), "g": made_up("ResNet20", 2, 10.0, recipe="one_cycle"),
-    }  # fmt: skip
-    assert build.lead(records, "default") == pytest.approx((0.5 + 3.0) / 2)
-    assert build.lead(records, "one_cycle") is None
+def test_leads_are_taken_between_runs_that_belong_together():
+    records = [
+        made_up("AdvancedCNN", 0, 91.0), made_up("AdvancedCNN", 1, 93.0), made_up("AdvancedCNN", 2, 50.0),
+        made_up("ResNet20", 0, 90.5), made_up("ResNet20", 1, 90.0), made_up("ResNet20", 3, 10.0),
+        made_up("ResNet20", 2, 10.0, epochs=5), made_up("ResNet20", 2, 10.0, recipe="one_cycle"),
+        {**made_up("ResNet20", 2, 10.0), "device": "another"},
+        {**made_up("ResNet20", 2, 10.0), "data_fingerprint": "0"}, {**made_up("AdvancedCNN", 3, 10.0), "width": 2.0},
+    ]  # fmt: skip
+    records = dict(enumerate(records))
+    assert build.leads(records, "default") == [pytest.approx(0.5), pytest.approx(3.0)]
+    assert build.leads(records, "one_cycle") == []
 
 
 def test_table_has_mean_and_spread_over_seeds():
     runs = {str(seed): made_up("AdvancedCNN", seed, accuracy) for seed, accuracy in enumerate((90.0, 91.0, 92.0))}
     (row,) = build.accuracy_table(runs).splitlines()[2:]
     assert "| 3 | 91.00 % ± 1.00 |" in row and "| default |" in row
-    other = made_up("AdvancedCNN", 0, 90.0, lr=0.5)
-    assert len(build.accuracy_table({**runs, "other": other}).splitlines()) == 2 + 2
+    others = [made_up("AdvancedCNN", 0, 90.0, lr=0.5), {**made_up("AdvancedCNN", 0, 90.0), "device": "another"}]
+    assert len(build.accuracy_table({**runs, "a": others[0], "b": others[1]}).splitlines()) == 2 + 3
+    older = made_up("AdvancedCNN", 3, 90.0)
+    del older["config"]["cutout"]
+    assert "| 4 |" in build.accuracy_table({**runs, "older": older})
 
 
 def test_benchmark_table_shows_the_record():
     record = {
         "benchmark": "clock", "device": "a machine", "columns": ["way", "ms"], "rows": [["ours", 1.234]],
-        "rounds": 3, "versions": {"torch": "9.9"}, "finished": "now",
+        "options": {"rounds": 3, "images": [100, 2000]}, "notes": {"peak (GB)": 1.5}, "versions": {"torch": "9.9"},
     }  # fmt: skip
     assert build.benchmark_tables({"x": record}) == (
-        "`python benchmarks/clock.py` on a machine, PyTorch 9.9 (rounds: 3):\n\n"
+        "`python benchmarks/clock.py` on a machine, PyTorch 9.9 (rounds 3; images 100, 2,000; peak (GB): 1.5):\n\n"
         "| way | ms |\n| ---: | ---: |\n| ours | 1.23 |\n"
     )

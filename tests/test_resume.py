@@ -2,6 +2,8 @@
 
 import re
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +121,7 @@ def test_resume_tells_of_other_versions(synthetic, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "what", ["lr", "seed", "dropout", "network", "forward", "data", "order", "augmentation", "optimizer"]
+    "what", ["lr", "seed", "dropout", "network", "forward", "helper", "data", "order", "augmentation", "optimizer"]
 )
 def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, monkeypatch, what):
     fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path)
@@ -140,13 +142,19 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
 
         Interrupted_.__name__ = "Interrupted"
         model, named = Interrupted_(), "network's code was"
+    elif what == "helper":  # the class is the same, and what it is built of is not
+        text = Path(__file__).read_text() + "\n# changed"
+        source = checkpoint.inspect.getsource
+        here = sys.modules[__name__]
+        monkeypatch.setattr(checkpoint.inspect, "getsource", lambda thing: text if thing is here else source(thing))
+        named = "network's code was"
     elif what == "augmentation":
         centre = utils.test_transforms
         monkeypatch.setattr(utils, "train_transforms", lambda cutout: centre())
         named = r"augmentation was .*RandomCrop.* and is 'Compose"
     elif what == "optimizer":
         monkeypatch.setattr(utils, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
-        named = "optimizer's code was"
+        named = "code of make_optimizer was"
     elif what == "data":
         images = train.images.copy()
         images[0, 0, 0, 0] ^= 1
