@@ -2,8 +2,17 @@
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+# How much 2 by 2 patches of CIFAR-10's training images, normalised, vary along each of the stem's filters: standard
+# deviations, a row for each mixture of colours and a column for each pattern (see `_whitening`).
+STEM_STD = [
+    [3.1705, 0.6279, 0.5754, 0.2351],
+    [0.9112, 0.1296, 0.1193, 0.0407],
+    [0.4304, 0.0706, 0.0670, 0.0250],
+]
 
 
 class AdvancedCNN(nn.Module):
@@ -20,12 +29,15 @@ class AdvancedCNN(nn.Module):
         head     10                    the image             0.0
 
     Why so:
-    - The stem is a 2 by 2 convolution without padding: it mixes each pixel with its neighbours for next to nothing,
-      and its 31 by 31 output halves to 15, 7 and 3 with little work on padding.
+    - The stem is a 2 by 2 convolution without padding: its 31 by 31 output halves to 15, 7 and 3 with little work on
+      padding. Its filters are fixed: they take a patch apart into brightness, colour and edges, and scale each to
+      the same variance. Neighbouring pixels say nearly the same, and the layers behind learn faster from what is new.
+    - The other convolutions begin as the identity on as many channels as come in, and random on the rest: at first,
+      the image passes through the network as it is.
     - Each block is convolution, max-pooling, batch norm, GELU, and again convolution, batch norm, GELU. The pooling
       comes straight after the first convolution, so that everything behind it sees a quarter of the pixels; the
-      second convolution mixes what the pooling kept. (The shape of the network of github.com/KellerJordan/
-      cifar10-airbench; sizes, stem, head and training are others.)
+      second convolution mixes what the pooling kept. (The shape of the network, whitening and identity are those of
+      Jordan 2024, arXiv:2404.00498; sizes, the whitening's basis, head and training are others.)
     - Width grows where pixels are few: a weight in block 3 is used on a twentieth of the positions of one in block 1.
       A 3 by 3 grid is left, of which each position sees (nearly) the whole image.
     - Batch norm takes the place of the convolutions' biases, and keeps the scale of what each layer receives.
@@ -34,22 +46,23 @@ class AdvancedCNN(nn.Module):
       keeps 40 epochs at a constant learning rate from learning the training images by heart.
 
     num_classes: how many outputs. dropout: the share of features dropped before the dense layer, from 0 to below 1;
-    half of it is the share of channels dropped after each block. width: multiplies all widths. Raises ValueError for
-    values out of range.
+    half of it is the share of channels dropped after each block. width: multiplies the blocks' widths. Raises
+    ValueError for values out of range.
     """
 
-    def __init__(self, num_classes=10, dropout=0.2, width=1.0):
+    def __init__(self, num_classes=10, dropout=0.1, width=1.0):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; expected at least 2")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; expected a share from 0 to below 1, for instance 0.2")
+            raise ValueError(f"dropout is {dropout}; expected a share from 0 to below 1, for instance 0.1")
         if width <= 0:
             raise ValueError(f"width is {width}; expected a positive factor, for instance 1.0")
         self.width = width
-        stem, *widths = (max(8, round(width * channels / 8) * 8) for channels in (24, 40, 128, 160))
-        self.stem = nn.Sequential(nn.Conv2d(3, stem, kernel_size=2), nn.GELU())
-        self.blocks = nn.Sequential(*(_block(i, o, dropout / 2) for i, o in pairwise([stem, *widths])))
+        widths = [max(24, round(width * channels / 8) * 8) for channels in (40, 128, 160)]
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, kernel_size=2), nn.GELU())
+        self.stem[0].weight = nn.Parameter(_whitening(), requires_grad=False)
+        self.blocks = nn.Sequential(*(_block(i, o, dropout / 2) for i, o in pairwise([24, *widths])))
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(widths[-1], num_classes)
 
@@ -59,14 +72,35 @@ class AdvancedCNN(nn.Module):
         return F.log_softmax(self.dense(self.dropout(x)), dim=1)
 
 
+def _whitening():
+    """The stem's filters, float (24, 3, 2, 2): 12 that whiten a patch, and the same 12 with their signs turned.
+
+    For each of three mixtures of colours (brightness, red against blue, green against both) four patterns: even,
+    edges in two directions, checks. In natural images these are nearly uncorrelated, so that dividing by standard
+    deviations is all that whitening takes; a little is added to the variances, lest noise be blown up.
+    """
+    colours = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
+    colours /= colours.norm(dim=1, keepdim=True)
+    patterns = torch.tensor([[[1.0, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]) / 2
+    basis = torch.einsum("mc,phw->mpchw", colours, patterns)
+    filters = (basis / (torch.tensor(STEM_STD).square() + 5e-4).sqrt()[:, :, None, None, None]).flatten(0, 1)
+    return torch.cat([filters, -filters])
+
+
 def _block(channels_in, channels_out, dropout):
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
+        _convolution(channels_in, channels_out),
         nn.MaxPool2d(2),
         nn.BatchNorm2d(channels_out),
         nn.GELU(),
-        nn.Conv2d(channels_out, channels_out, kernel_size=3, padding=1, bias=False),
+        _convolution(channels_out, channels_out),
         nn.BatchNorm2d(channels_out),
         nn.GELU(),
         nn.Dropout2d(dropout),
     )
+
+
+def _convolution(channels_in, channels_out):
+    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+    nn.init.dirac_(convolution.weight.data[:channels_in])
+    return convolution

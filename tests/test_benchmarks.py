@@ -86,17 +86,17 @@ def test_both_loops_take_the_same_steps(synthetic):
     config = Config(batch_size=16, precision="float32")
     trained = []
     for loop in (
-        train_step.plain_loop(images, labels, CPU, 3),
-        train_step.our_loop(images, labels, CPU, 3, config),
+        train_step.plain_loop(images, labels, CPU, 1),
+        train_step.our_loop(images, labels, CPU, 1, config),
     ):
         work, model = loop
         before = model.dense.weight.detach().clone()
         torch.manual_seed(1)  # dropout draws from it
         work()
-        assert not torch.equal(before, model.dense.weight)
+        assert (before - model.dense.weight).abs().max() > 1e-3
         trained.append(model)
     for one, other in zip(*(model.state_dict().values() for model in trained), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # a hundredth of what the steps change
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=5e-5)
 
 
 # -- epoch.py ------------------------------------------------------------------------------------------------------

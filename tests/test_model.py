@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from checkpoint import count_macs
-from model_AC import AdvancedCNN
+from model_AC import STEM_STD, AdvancedCNN
+from utils import normalize
 
 
 @pytest.fixture
@@ -22,7 +23,32 @@ def test_returns_log_probabilities(model):
 def test_every_parameter_gets_a_gradient(model):
     nn.functional.nll_loss(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not without
+    assert without == ["stem.0.weight"]  # which is fixed
+
+
+def test_the_stem_whitens_the_patches_of_real_images(model, real_splits):
+    images = torch.cat(
+        [normalize(torch.from_numpy(real_splits[0].images[i::50]), torch.device("cpu")) for i in (0, 25)]
+    )
+    # The filters 0 to 11, without the bias, on every patch; 12 to 23 are the same turned around.
+    responses = nn.functional.conv2d(images, model.stem[0].weight)
+    assert torch.equal(responses[:, 12:], -responses[:, :12])
+    flat = responses[:, :12].transpose(0, 1).flatten(1).double()
+    variances = flat.square().mean(1)
+    measured = torch.tensor(STEM_STD).flatten().double().square()
+    torch.testing.assert_close(variances, measured / (measured + 5e-4), rtol=0.03, atol=0)
+    assert variances.max() < 1.03 and variances.min() > 0.5  # of the raw pixels, the ratio is above a thousand
+    assert (torch.corrcoef(flat) - torch.eye(12)).abs().max() < 0.35  # of the 12 values of a patch, 0.99
+
+
+def test_convolutions_begin_as_the_identity(model):
+    for channels_in, block in zip((24, 40, 128), model.blocks, strict=True):
+        first, second = (layer for layer in block if isinstance(layer, nn.Conv2d))
+        x = torch.randn(2, channels_in, 9, 9)
+        torch.testing.assert_close(first(x)[:, :channels_in], x)
+        y = torch.randn(2, second.in_channels, 9, 9)
+        torch.testing.assert_close(second(y), y)
+        assert first.weight[channels_in:].std() > 0.01  # the rest is random
 
 
 def test_evaluation_is_deterministic_and_training_drops_out():
