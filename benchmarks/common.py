@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from checkpoint import device_name, package_versions, project_commit, write_file
-from cifar10 import Split, load_cifar10
+from cifar10 import DatasetUnavailable, Split, load_cifar10
 from config import get_device
 
 SAVED = ROOT / "results" / "benchmarks"
@@ -67,12 +67,20 @@ def make_benchmark_parser(description, **numbers):
     return parser
 
 
+def real_splits(options):
+    """Both splits of CIFAR-10; ends the program where they are not to be had."""
+    try:
+        return load_cifar10(options.data)
+    except DatasetUnavailable as error:
+        sys.exit(str(error))
+
+
 def training_images(options, needed):
     """The training split, of which `needed` images are used; ends the program when there are fewer.
 
     --save is refused for less than all of CIFAR-10.
     """
-    split, _ = load_cifar10(options.data)
+    split, _ = real_splits(options)
     if needed > len(split):
         sys.exit(f"{needed:,} training images are asked for, and '{split.source}' has {len(split):,}: ask for fewer")
     if options.save and len(split) != 50_000:

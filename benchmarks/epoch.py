@@ -12,9 +12,8 @@ import subprocess
 import sys
 
 import torch
-from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
+from common import evenly, in_turn, make_benchmark_parser, ratio, real_splits, report, training_images
 
-from cifar10 import load_cifar10
 from config import Config
 from model_AC import AdvancedCNN
 from utils import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
@@ -71,7 +70,7 @@ def peak_memory(options):
 
 
 def train_and_print_memory(options):
-    fit(AdvancedCNN(), *load_cifar10(options.data), Config(epochs=1, batch_size=options.batch_size), options.device)
+    fit(AdvancedCNN(), *real_splits(options), Config(epochs=1, batch_size=options.batch_size), options.device)
     try:
         import resource  # not on Windows
     except ImportError:

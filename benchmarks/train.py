@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import ROOT, make_parser
+from common import ROOT, make_parser, real_splits
 from resnet20 import ResNet20
 
 import utils
@@ -49,7 +49,7 @@ def main(results=ROOT / "results", runs=ROOT / "runs"):
     parser.add_argument("recipe", choices=("default", "one_cycle"))
     parser.add_argument("--replace", action="store_true", help="publish in place of a record that is there already")
     options = parser.parse_args()
-    splits = utils.load_cifar10(options.data)
+    splits = real_splits(options)
     sizes = options.epochs, options.batch_size, *map(len, splits)
     published = sizes == PUBLISHED
     network = NETWORKS[options.network]

@@ -209,11 +209,14 @@ def test_bad_input_on_the_command_line(tmp_path):
     for options, complaint in (
         (["--rounds", 0], "argument --rounds: '0' is not a whole number of at least 1"),
         (["--device", "gpu"], "device is 'gpu', which PyTorch does not know: on this machine there is"),
+        (["--data", tmp_path / "nowhere"], "nowhere"),
         (["--data", tmp_path], "128 training images are asked for, and 'CIFAR-10"),
         (["--data", tmp_path, "--batch-size", 8, "--save"], "only figures of all 50,000 are published"),
     ):
         done = run_command("train_step", *options)
-        assert done.returncode and complaint in " ".join(done.stderr.split()), done.stderr
+        assert done.returncode and "Traceback" not in done.stderr and complaint in " ".join(done.stderr.split()), (
+            done.stderr
+        )
 
 
 # -- ResNet-20 and its training ------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def test_resnet20_shortcuts_carry_the_image_through():
 @pytest.fixture
 def publish(synthetic, tmp_path, monkeypatch):
     """Runs the command on the stand-in, which may pass for all of CIFAR-10, one epoch for 40; returns the records."""
-    monkeypatch.setattr(training.utils, "load_cifar10", lambda _: synthetic)
+    monkeypatch.setattr(training, "real_splits", lambda _: synthetic)
 
     def command(*options):
         monkeypatch.setattr(sys, "argv", ["train.py", "ResNet20", "one_cycle", "--device", "cpu", *map(str, options)])
