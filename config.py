@@ -66,8 +66,8 @@ class Config:
 
     @classmethod
     def one_cycle(cls, **changes):
-        """The second recipe: a one-cycle schedule (Smith 2018, arXiv:1803.09820) with the peak that the range test
-        suggests, Nesterov momentum, weight decay, label smoothing and cutout. `changes` override its numbers."""
+        """The second recipe: a one-cycle schedule (Smith 2018, arXiv:1803.09820), Nesterov momentum, weight decay,
+        label smoothing and cutout. `changes` override its numbers."""
         recipe = dict(lr=0.1, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, cutout=8, schedule="one_cycle")
         return cls(**{**recipe, **changes})
 
