@@ -43,7 +43,7 @@ class AdvancedCNN(nn.Module):
     - Batch norm takes the place of the convolutions' biases, and keeps the scale of what each layer receives.
     - Global average pooling makes the head small and indifferent to position.
     - Dropout before the dense layer, and of whole channels after each block (Tompson et al. 2015, arXiv:1411.4280),
-      keeps 40 epochs at a constant learning rate from learning the training images by heart.
+      makes it harder to learn the training images by heart.
 
     num_classes: how many outputs. dropout: the share of features dropped before the dense layer, from 0 to below 1;
     half of it is the share of channels dropped after each block. width: multiplies the blocks' widths. Raises
