@@ -8,15 +8,11 @@ import math
 import sys
 import time
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
-from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -43,11 +39,17 @@ from loaders import augment, make_loader, test_transforms, train_transforms
 from plots import (
     plot_accuracy,
     plot_augmentations,
+    plot_calibration,
+    plot_class_accuracy,
+    plot_confusion,
+    plot_grad_cam,
     plot_loss,
     plot_lr_range,
     plot_misclassified,
+    plot_predictions,
     plot_samples,
     plot_schedule,
+    plot_training,
 )
 
 REFRESH_SECONDS = 0.5  # how often the progress bar is refreshed, and the device read
@@ -211,7 +213,7 @@ def _test_line(loss, accuracy, n):
     return f"Test set: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
 
 
-class _Run:
+class Run:
     """What training needs and changes as it goes, made from the recipe; its state can be saved and restored."""
 
     def __init__(self, model, train_split, test_split, config, device, num_workers=None):
@@ -337,7 +339,7 @@ def fit(
     device = get_device(device)
     if checkpoint_minutes <= 0:
         raise ValueError(f"checkpoint_minutes is {checkpoint_minutes}; expected more than 0, for instance 5")
-    run = _Run(model, train_split, test_split, config, device, num_workers)
+    run = Run(model, train_split, test_split, config, device, num_workers)
     sizes = f"{len(train_split):,} images, {len(test_split):,} for testing"
     print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs, {run.versions()['arithmetic']}")
     torch.manual_seed(config.seed)
@@ -394,98 +396,3 @@ def _resumed(run, folder, state):
     if changed := [f"{name} {then}" for name, then in state["versions"].items() if now.get(name) != then]:
         text += f" It was begun with {', '.join(changed)}: the result may differ in the last digits."
     return text
-
-
-def estimate_seconds(model, train_split, test_split, config, device=None):
-    """Estimate how many seconds `fit` will take, by timing a few steps on a copy of the model.
-
-    Leaves the model and PyTorch's random states on the CPU and CUDA as they were.
-    """
-    device = get_device(device)
-    run = _Run(deepcopy(model), train_split, test_split, config, device)
-
-    def seconds(loader, step, steps):
-        times = []
-        for (images, labels), _ in zip(loader, range(steps), strict=False):
-            step(images, labels).item()  # waits for the device
-            times.append(time.perf_counter())
-        # The first steps allocate memory and choose kernels: the median of the gaps leaves them out.
-        return len(loader) * float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-
-    def train_one(images, labels):
-        return train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)[0]
-
-    def test_one(images, _):
-        with torch.no_grad(), autocast(config, device):
-            return run.model(normalize(images, device)).sum()
-
-    with torch.random.fork_rng(), kernels(config):
-        run.model.train()
-        train_seconds = seconds(run.train_loader, train_one, steps=30)
-        run.model.eval()
-        test_seconds = seconds(run.test_loader, test_one, steps=5)
-    return config.epochs * (train_seconds + test_seconds)
-
-
-class LRRange(NamedTuple):
-    """What `lr_range_test` measured.
-
-    lr: the rates tried, rising. loss: the smoothed training loss after each, of the same length. suggestion: a peak
-    for the "one_cycle" schedule. diverged: whether the test ended because the loss grew, and not for want of steps.
-    """
-
-    lr: list[float]
-    loss: list[float]
-    suggestion: float
-    diverged: bool
-
-
-def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0, steps=200, smoothing=0.95):
-    """Try how large a learning rate may be: train while it grows from step to step (Smith 2015, arXiv:1506.01186).
-
-    The rate grows exponentially from `start` to `end` in so many steps, one batch each; all else is as `config` says.
-    The loss is an exponential moving average with weight `smoothing` on the past, corrected for its start at zero.
-    The test stops when it is NaN, infinite, or four times its lowest. Suggested is the rate by which the loss has
-    made 95 % of its fall: there "the accuracy slows", in Smith's words, and a larger rate gains nothing more before
-    training breaks down.
-
-    A copy of the model is trained, with an optimizer of its own: the model, its optimizer and PyTorch's random states
-    on the CPU and CUDA are left as they were. Returns an LRRange. Raises ValueError for a range or number of steps
-    that makes no sense, for a network whose first loss is not finite, and when the loss never falls.
-    """
-    if not 0 < start < end < math.inf:
-        raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
-    if steps < 2:
-        raise ValueError(f"steps is {steps}; expected at least 2, for instance 200")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}; expected a number from 0 to below 1, for instance 0.95")
-    device = get_device(device)
-    run = _Run(deepcopy(model), train_split, train_split, config, device)
-    run.model.train()
-    rates, losses, average = [], [], 0.0
-    with torch.random.fork_rng(), kernels(config):
-        torch.manual_seed(config.seed)
-        for step, (images, labels) in zip(range(steps), _endlessly(run.train_loader), strict=False):
-            lr = start * (end / start) ** (step / (steps - 1))
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            loss, _ = train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)
-            average = smoothing * average + (1 - smoothing) * loss.item()
-            smoothed = average / (1 - smoothing ** (step + 1))
-            diverged = not math.isfinite(smoothed) or smoothed > 4 * min(losses, default=math.inf)
-            if diverged:
-                break
-            rates.append(lr)
-            losses.append(smoothed)
-    if not rates:
-        raise ValueError(f"the first loss is {smoothed}, before any step: the weights or what comes in are not finite")
-    if min(losses) == losses[0]:
-        raise ValueError(f"the loss never fell below that at start, {start:g}: begin with a smaller rate")
-    fallen = np.array(losses) <= 0.95 * min(losses) + 0.05 * losses[0]
-    return LRRange(rates, losses, rates[int(fallen.argmax())], diverged)
-
-
-def _endlessly(loader):
-    for epoch in count():
-        loader.set_epoch(epoch)
-        yield from loader

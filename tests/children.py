@@ -89,7 +89,7 @@ def write_checkpoints_and_die(folder, function, call):
 def training_on_a_full_disk(folder):
     """Train; from the end of the second epoch on no file may grow beyond 10 kB, as if the disk were full."""
     sys.stdout = io.StringIO()  # the tests' own log is a file too
-    train_epoch = utils._Run.train_epoch
+    train_epoch = utils.Run.train_epoch
 
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -99,7 +99,7 @@ def training_on_a_full_disk(folder):
         if run.epoch == 2:
             limit(10_000)
 
-    utils._Run.train_epoch = limited
+    utils.Run.train_epoch = limited
     small_training(folder, before_saving=lambda: limit(resource.RLIM_INFINITY))
 
 

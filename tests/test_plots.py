@@ -8,7 +8,8 @@ from PIL import Image
 import plots
 from analysis import Misclassified
 from cifar10 import CLASSES, synthetic_cifar10
-from utils import Config, LRRange, augment
+from dry_run import LRRange
+from utils import Config, augment
 
 HISTORY = {
     "train_loss": [1.5, 1.0, 0.75], "test_loss": [1.25, 0.9, 0.8125], "train_accuracy": [40.0, 60.0, 71.25],

@@ -5,42 +5,13 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from networks import CPU, EXACT, Linear, small_network
 
 import utils
-from analysis import collect_logits, misclassified
 from checkpoint import describe_record, write_record
 from cifar10 import MEAN, STD, Split
 from model_AC import AdvancedCNN
-from utils import Config, estimate_seconds, fit, get_device, lr_range_test, make_loader, normalize
-
-CPU = torch.device("cpu")
-EXACT = Config(epochs=1, batch_size=32, precision="float32")
-
-
-class Linear(nn.Module):
-    """The least that can be trained: no batch norm, no dropout, so that its numbers can be computed by hand."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.dense = nn.Linear(3072, 10)
-
-    def forward(self, x):
-        return self.dense(x.flatten(1)).log_softmax(1)
-
-    def by_hand(self, images):
-        """Log-probabilities of uint8 (N, 32, 32, 3), in double precision and NumPy alone."""
-        x = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2).reshape(len(images), -1)
-        weight, bias = (p.detach().double().numpy() for p in self.dense.parameters())
-        scores = x @ weight.T + bias
-        return scores - np.log(np.exp(scores).sum(1, keepdims=True))
-
-
-def small_network(seed=0):
-    torch.manual_seed(seed)
-    return AdvancedCNN(width=0.5)
-
+from utils import Config, fit, get_device, make_loader, normalize
 
 # -- the recipe ----------------------------------------------------------------------------------------------------
 
@@ -168,7 +139,8 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
     ours, other = Linear(), Linear()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     utils.train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
-    nn.functional.cross_entropy(other.dense(normalize(images, CPU).flatten(1)), labels, label_smoothing=0.3).backward()
+    scores = other.dense(normalize(images, CPU).flatten(1))
+    torch.nn.functional.cross_entropy(scores, labels, label_smoothing=0.3).backward()
     expected = other.dense.weight - 0.5 * other.dense.weight.grad
     torch.testing.assert_close(ours.dense.weight, expected)
 
@@ -247,17 +219,7 @@ def test_ctrl_c_ends_training_with_the_history_so_far(synthetic, capsys):
     assert "Interrupted in epoch 2" in capsys.readouterr().out
 
 
-def test_estimate_leaves_everything_as_it_was_and_is_about_right(synthetic):
-    model, config = small_network(), Config(epochs=2, batch_size=10)
-    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    estimate = estimate_seconds(model, *synthetic, config, "cpu")
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
-    seconds = sum(fit(model, *synthetic, config, "cpu")["seconds"])
-    assert seconds / 5 < estimate < seconds * 5  # these machines are noisy
-
-
-# -- the record and the mistakes -----------------------------------------------------------------------------------
+# -- the record ----------------------------------------------------------------------------------------------------
 
 
 def test_record_names_everything(synthetic, tmp_path):
@@ -298,106 +260,3 @@ def test_a_record_of_no_whole_epoch_can_be_described(synthetic, tmp_path):
     history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")}
     record = write_record(tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
     assert "0 of 40 epochs" in describe_record(record)
-
-
-def test_collected_logits_agree_with_the_test_pass(synthetic):
-    test_split, model = synthetic[1], Linear()
-    logits = collect_logits(model, test_split, EXACT, "cpu")
-    np.testing.assert_allclose(logits.numpy(), model.by_hand(test_split.images), atol=1e-4)
-    _, accuracy = utils.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
-    assert len(misclassified(logits, test_split.labels).index) == round(100 - accuracy)
-
-
-def test_misclassified_images_are_found_and_sorted_by_confidence():
-    probabilities = torch.full((5, 10), 0.01)
-    for row, (label, probability) in enumerate([(3, 0.6), (4, 0.9), (5, 0.7), (6, 0.8), (7, 0.95)]):
-        probabilities[row, label] = probability
-    labels = np.array([3, 0, 0, 6, 0])
-    mistakes = misclassified(probabilities.log(), labels)
-    assert mistakes.index.tolist() == [4, 1, 2] and mistakes.predicted.tolist() == [7, 4, 5]
-    row = probabilities[4]
-    assert mistakes.confidence[0] == pytest.approx((row[7] / row.sum()).item())
-
-
-# -- the learning rate range test ----------------------------------------------------------------------------------
-
-
-def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
-    """The same steps in NumPy and double precision: the loss's gradient, momentum, and the smoothing."""
-    split = Split(synthetic[0].images[:60], synthetic[0].labels[:60], "60 images: three batches of 20 an epoch")
-    model, config = Linear(), Config(batch_size=20, precision="float32", seed=5)
-    result = lr_range_test(model, split, config, CPU, start=1e-4, end=1e-2, steps=7, smoothing=0.8)
-    assert result.lr == pytest.approx(np.geomspace(1e-4, 1e-2, 7)) and not result.diverged
-
-    by_hand = Linear().double()
-    weight, bias = (p.detach().numpy() for p in by_hand.dense.parameters())  # views: changed in place below
-    momenta, average, expected = [np.zeros_like(weight), np.zeros_like(bias)], 0.0, []
-    loader = make_loader(split, 20, seed=5)
-    for step in range(7):
-        if step % 3 == 0:
-            loader.set_epoch(step // 3)
-            batches = iter(loader)
-        images, labels = (part.numpy() for part in next(batches))
-        log_probs = by_hand.by_hand(images)
-        average = 0.8 * average + 0.2 * -log_probs[np.arange(20), labels].mean()
-        expected.append(average / (1 - 0.8 ** (step + 1)))
-        residual = (np.exp(log_probs) - np.eye(10)[labels]) / 20
-        x = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2).reshape(20, -1)
-        for value, momentum, gradient in zip((weight, bias), momenta, (residual.T @ x, residual.sum(0)), strict=True):
-            momentum *= 0.9
-            momentum += gradient
-            value -= result.lr[step] * momentum
-    assert result.loss == pytest.approx(expected, rel=1e-4)
-    reached = [expected[0] - loss >= 0.95 * (expected[0] - min(expected)) for loss in expected]
-    assert result.suggestion == result.lr[reached.index(True)]
-
-
-def test_range_test_stops_where_training_diverges(synthetic):
-    result = lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, steps=60, end=1e4, smoothing=0.5)
-    assert result.diverged and 2 < len(result.lr) == len(result.loss) < 60
-    lowest = np.minimum.accumulate(result.loss)
-    assert all(loss <= 4 * before for loss, before in zip(result.loss[1:], lowest, strict=False))
-    assert result.suggestion < result.lr[-1]
-
-
-def test_range_test_leaves_model_and_random_states_as_they_were(synthetic):
-    model = small_network()
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.get_rng_state()
-    lr_range_test(model, synthetic[0], Config(batch_size=50), CPU, steps=5)
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state) and model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_range_test_without_a_finite_loss(synthetic):
-    model = Linear()
-    torch.nn.init.constant_(model.dense.weight, float("nan"))
-    with pytest.raises(ValueError, match="the first loss is nan, before any step"):
-        lr_range_test(model, synthetic[0], EXACT, CPU)
-
-
-def test_range_test_whose_loss_never_falls(synthetic):
-    with pytest.raises(ValueError, match="the loss never fell below that at start, 1000: begin with a smaller rate"):
-        lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, start=1e3, end=1e5)
-
-
-def test_range_test_is_the_same_each_time(synthetic):
-    results = []
-    for state in (1, 2):
-        torch.manual_seed(state)  # dropout must not draw from it
-        results.append(lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, steps=5))
-    assert results[0] == results[1]
-
-
-@pytest.mark.parametrize(
-    "wrong, named",
-    [
-        ({"start": 0}, "start is 0 and end is 10"), ({"start": 2, "end": 1}, "start is 2 and end is 1"),
-        ({"end": float("inf")}, "end is inf"), ({"steps": 1}, "steps is 1; expected at least 2"),
-        ({"smoothing": 1}, "smoothing is 1; expected"),
-    ],
-)  # fmt: skip
-def test_bad_input_range_test(wrong, named, synthetic):
-    with pytest.raises(ValueError, match=named):
-        lr_range_test(Linear(), synthetic[0], EXACT, CPU, **wrong)

@@ -1,0 +1,36 @@
+"""Small networks for the tests, one of them so simple that its numbers can be computed by hand."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from cifar10 import MEAN, STD
+from model_AC import AdvancedCNN
+from utils import Config
+
+CPU = torch.device("cpu")
+EXACT = Config(epochs=1, batch_size=32, precision="float32")
+
+
+class Linear(nn.Module):
+    """The least that can be trained: no batch norm, no dropout, so that its numbers can be computed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Linear(3072, 10)
+
+    def forward(self, x):
+        return self.dense(x.flatten(1)).log_softmax(1)
+
+    def by_hand(self, images):
+        """Log-probabilities of uint8 (N, 32, 32, 3), in double precision and NumPy alone."""
+        x = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2).reshape(len(images), -1)
+        weight, bias = (p.detach().double().numpy() for p in self.dense.parameters())
+        scores = x @ weight.T + bias
+        return scores - np.log(np.exp(scores).sum(1, keepdims=True))
+
+
+def small_network(seed=0):
+    torch.manual_seed(seed)
+    return AdvancedCNN(width=0.5)

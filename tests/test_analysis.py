@@ -1,0 +1,238 @@
+"""The analysis against independent computations, and its figures against what they show."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from networks import CPU, EXACT, Linear, small_network
+from torch import nn
+
+import plots
+import utils
+from analysis import (
+    calibration,
+    class_accuracy,
+    collect_logits,
+    confusion_matrix,
+    grad_cam,
+    grad_cam_pairs,
+    misclassified,
+    most_confused,
+)
+from cifar10 import CLASSES
+from utils import make_loader, normalize
+
+
+def outputs(*rows):
+    """Log-probabilities of rows {class: probability}; what is left is spread over the other classes."""
+    table = torch.empty(len(rows), 10)
+    for values, row in zip(table, rows, strict=True):
+        values[:] = (1 - sum(row.values())) / (10 - len(row))
+        for label, probability in row.items():
+            values[label] = probability
+    return table.log()
+
+
+@pytest.fixture
+def random_outputs():
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.normal(0, 2, (500, 10))).float(), rng.integers(10, size=500)
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_collected_logits_agree_with_the_test_pass(synthetic):
+    test_split, model = synthetic[1], Linear()
+    logits = collect_logits(model, test_split, EXACT, "cpu")
+    np.testing.assert_allclose(logits.numpy(), model.by_hand(test_split.images), atol=1e-4)
+    _, accuracy = utils.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
+    assert len(misclassified(logits, test_split.labels).index) == round(100 - accuracy)
+
+
+def test_confusion_matrix_counts_each_pair(random_outputs):
+    logits, labels = random_outputs
+    expected = np.zeros((10, 10), int)
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        expected[label][row.index(max(row))] += 1
+    assert np.array_equal(confusion_matrix(logits, labels), expected)
+
+
+def test_class_accuracy_and_its_interval_solve_wilsons_equation():
+    confusion = np.diag([950, 10, 0, 3]) + np.diag([50, 0, 5], k=1)
+    result = class_accuracy(confusion)
+    assert result.accuracy == pytest.approx([95, 100, 0, 100])
+    # The ends of Wilson's interval are the p for which |share - p| is 1.96 standard errors of p.
+    for share, n, low, high in zip(result.accuracy / 100, (1000, 10, 5, 3), result.low, result.high, strict=True):
+        for p in (low / 100, high / 100):
+            assert abs(share - p) == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / n), abs=1e-6)
+        assert -1e-9 <= low <= 100 * share <= high <= 100 + 1e-9
+
+
+def test_class_accuracy_of_an_absent_class_is_no_number():
+    confusion = np.array([[3, 1], [0, 0]])
+    with np.errstate(all="raise"):
+        result = class_accuracy(confusion)
+    assert result.accuracy[0] == 75 and all(np.isnan(values[1]) for values in result)
+
+
+def test_most_confused_pairs_are_named_and_sorted():
+    confusion = np.diag([90] * 10)
+    confusion[3, 5], confusion[5, 3], confusion[0, 8] = 10, 7, 20
+    pairs = most_confused(confusion)
+    assert [(p.actual, p.predicted, p.count) for p in pairs] == [
+        ("airplane", "ship", 20), ("cat", "dog", 10), ("dog", "cat", 7),
+    ]  # fmt: skip
+    assert pairs[1].percent == pytest.approx(10) and len(most_confused(confusion, n=2)) == 2
+
+
+def test_misclassified_images_are_found_and_sorted_by_confidence():
+    logits = outputs({3: 0.6}, {4: 0.9}, {5: 0.7}, {6: 0.8}, {7: 0.95})
+    mistakes = misclassified(logits, np.array([3, 0, 0, 6, 0]))
+    assert mistakes.index.tolist() == [4, 1, 2] and mistakes.probabilities.argmax(1).tolist() == [7, 4, 5]
+    assert mistakes.probabilities.max(1) == pytest.approx([0.95, 0.9, 0.7])
+
+
+def test_misclassified_images_of_one_pair_of_classes():
+    logits = outputs({3: 0.6}, {5: 0.9}, {5: 0.7}, {5: 0.8}, {3: 0.95})
+    labels = np.array([5, 3, 3, 5, 4])
+    assert misclassified(logits, labels, actual="cat", predicted="dog").index.tolist() == [1, 2]
+    assert misclassified(logits, labels, predicted="cat").index.tolist() == [4, 0]
+    assert misclassified(logits, labels, actual="dog").index.tolist() == [0]
+    with pytest.raises(ValueError, match="'kitten' is no class; expected one of airplane, "):
+        misclassified(logits, labels, actual="kitten")
+
+
+def test_calibration_agrees_with_a_computation_by_hand(random_outputs):
+    logits, labels = random_outputs
+    result, error = calibration(logits, labels, bins=10), 0.0
+    probabilities = np.exp(logits.numpy().astype(float))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    for place in range(10):
+        inside = [row for row in range(500) if place / 10 < probabilities[row].max() <= (place + 1) / 10]
+        assert result.count[place] == len(inside)
+        if inside:
+            confidence = np.mean([probabilities[row].max() for row in inside])
+            accuracy = np.mean([probabilities[row].argmax() == labels[row] for row in inside])
+            assert (result.confidence[place], result.accuracy[place]) == pytest.approx((confidence, accuracy))
+            error += len(inside) / 500 * abs(confidence - accuracy)
+    assert result.error == pytest.approx(error)
+
+
+def test_calibration_of_the_perfectly_calibrated_and_of_the_overconfident():
+    labels = np.array([0, 0, 0, 1])
+    assert calibration(outputs(*[{0: 0.75}] * 4), labels).error == pytest.approx(0, abs=1e-6)
+    assert calibration(outputs(*[{0: 0.999}] * 4), labels).error == pytest.approx(0.249, abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [confusion_matrix, misclassified, calibration])
+def test_bad_input_outputs_of_another_split(function):
+    with pytest.raises(ValueError, match="3 outputs and 2 labels do not belong together"):
+        function(torch.zeros(3, 10), np.zeros(2, int))
+
+
+def test_bad_input_bins():
+    with pytest.raises(ValueError, match="bins is 0; expected at least 1"):
+        calibration(torch.zeros(3, 10), np.zeros(3, int), bins=0)
+
+
+# -- Grad-CAM ------------------------------------------------------------------------------------------------------
+
+
+class Corner(nn.Module):
+    """Class 1 is how bright the red of an image's upper left quarter is, class 2 that of the lower right one."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 1, 1, bias=False)
+        self.dense = nn.Linear(4, 3, bias=False)
+        with torch.no_grad():
+            self.convolution.weight[:] = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+            self.dense.weight[:] = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+
+    def forward(self, x):
+        quarters = nn.functional.adaptive_avg_pool2d(self.convolution(x).relu(), 2)
+        return self.dense(quarters.flatten(1)).log_softmax(1)
+
+
+def test_grad_cam_lights_up_what_the_class_was_predicted_from():
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    images[0, 4:8, 4:8, 0] = 255
+    images[1, 20:24, 20:24, 0] = 255
+    first, second = grad_cam(Corner(), images, device="cpu")
+    assert first[5, 5] == first.max() == 1 and first[20:, 20:].max() == 0
+    assert second[21, 21] == second.max() == 1 and second[:16, :16].max() == 0
+
+
+def test_grad_cam_agrees_with_the_formula():
+    """The channels' weights are the mean gradients of the score, here by finite differences of the tail."""
+    model = small_network().eval()
+    images = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
+    cam = grad_cam(model, images, classes=[4], device="cpu")[0]
+    model.double()
+    with torch.no_grad():
+        x = model.blocks[:2](model.stem(normalize(torch.from_numpy(images), CPU).double()))
+        feature = model.blocks[2][0](x)  # 7 by 7: the last that is wide enough
+
+        def score(feature):
+            rest = model.blocks[2][1:](feature)
+            return model.dense(rest.mean((2, 3)))[:, 4]
+
+        step, channels = 1e-3, feature.shape[1]
+        gradients = torch.zeros(channels)
+        for channel in range(channels):  # the sum over positions: a shift of the whole channel
+            shift = torch.zeros_like(feature)
+            shift[:, channel] = step
+            gradients[channel] = ((score(feature + shift) - score(feature - shift)) / (2 * step)).item()
+        expected = (gradients[None, :, None, None] * feature).sum(1, keepdim=True).relu()
+    small = nn.functional.interpolate(torch.from_numpy(cam)[None, None], 7, mode="area")[0, 0]
+    large = nn.functional.interpolate(expected, 32, mode="bilinear")[0, 0]
+    assert expected.shape[-1] == 7 and small.shape == (7, 7)
+    np.testing.assert_allclose(cam, large / large.max(), atol=0.02)
+
+
+def test_grad_cam_leaves_the_model_as_it_was(synthetic):
+    model, images = small_network(), synthetic[0].images[:3]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        maps = grad_cam(model, images, device="cpu")
+    assert maps.shape == (3, 32, 32) and maps.dtype == np.float32 and maps.min() >= 0 and maps.max() <= 1
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_grad_cam_of_nothing_is_nothing():
+    assert not grad_cam(Corner(), np.zeros((1, 32, 32, 3), np.uint8), classes=[0], device="cpu").any()
+
+
+def test_bad_input_grad_cam_needs_a_convolution():
+    with pytest.raises(ValueError, match=r"needs a convolution .* Linear has not both"):
+        grad_cam(Linear(), np.zeros((1, 32, 32, 3), np.uint8), device="cpu")
+
+
+def test_grad_cam_pairs_are_of_one_class_once_right_and_once_wrong(synthetic):
+    split, model = synthetic[1], small_network()
+    rows = [{label: 0.5 + index / 1000} for index, label in enumerate(split.labels.tolist())]
+    first, third, fourth = (int(np.flatnonzero(split.labels == label)[0]) for label in (1, 3, 5))
+    second = int(np.flatnonzero(split.labels == 1)[1])  # of a class that has its mistake already
+    confidences = {first: 0.99, second: 0.95, third: 0.9, fourth: 0.7}
+    for index, confidence in confidences.items():  # taken for the next class
+        rows[index] = {(int(split.labels[index]) + 1) % 10: confidence}
+    pairs = grad_cam_pairs(model, split, outputs(*rows), n=3, device="cpu")
+    assert [pair.wrong_confidence for pair in pairs] == pytest.approx([0.99, 0.9, 0.7])
+    for pair, index in zip(pairs, (first, third, fourth), strict=True):
+        actual = split.labels[index]
+        assert (pair.actual, pair.predicted) == (CLASSES[actual], CLASSES[(actual + 1) % 10])
+        assert np.array_equal(pair.wrong, split.images[index])
+        right = next(i for i, image in enumerate(split.images) if np.array_equal(image, pair.right))
+        assert split.labels[right] == actual and right not in confidences
+        assert pair.right_confidence == pytest.approx(0.5 + right / 1000)
+        wanted = grad_cam(model, pair.wrong[None], [actual], "cpu")[0]
+        np.testing.assert_allclose(pair.missed_cam, wanted, atol=1e-5)
+
+
+def test_grad_cam_pairs_without_mistakes(synthetic):
+    logits = outputs(*[{label: 0.9} for label in synthetic[1].labels.tolist()])
+    assert grad_cam_pairs(small_network(), synthetic[1], logits, device="cpu") == []
+    assert isinstance(plots.plot_grad_cam([], "source"), Figure)

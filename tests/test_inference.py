@@ -1,0 +1,212 @@
+"""Any image can be classified, what is none is refused, and the exported graph says the same as the network."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from networks import Linear, small_network
+from PIL import Image
+
+from cifar10 import CLASSES
+from inference import export_onnx, predict
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """An image that is told apart from its own mirror and turns: 64 by 48, each quarter in another colour."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32], pixels[:24, 32:], pixels[24:, :32], pixels[24:, 32:] = (
+        (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0),
+    )  # fmt: skip
+    return Image.fromarray(pixels)
+
+
+def encoded(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def seen(thing):
+    (prediction,) = predict(Linear(), thing, device="cpu")
+    assert prediction.image.shape == (32, 32, 3) and prediction.image.dtype == np.uint8
+    return prediction.image.astype(int)
+
+
+def test_an_image_of_the_right_size_is_classified_as_it_is(synthetic):
+    image, model = synthetic[1].images[0], Linear()
+    (prediction,) = predict(model, image, k=10, device="cpu")
+    expected = np.exp(model.by_hand(image[None])[0])
+    order = np.argsort(-expected)
+    assert prediction.classes == [CLASSES[i] for i in order]
+    assert prediction.probabilities == pytest.approx(expected[order], abs=1e-5)
+    assert np.array_equal(prediction.image, image)
+
+
+def test_every_way_to_give_an_image_is_seen_alike(photo, tmp_path):
+    path = tmp_path / "Bild mit Ümlaut.png"
+    photo.save(path)
+    expected = seen(photo)
+    pixels = np.asarray(photo)
+    for thing in (path, str(path), encoded(photo), bytearray(encoded(photo)), pixels, pixels / 255):
+        assert np.array_equal(seen(thing), expected)
+    assert (expected[4, 4] == (250, 0, 0)).all() and (expected[28, 28] == (250, 250, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F", "RGBX"])
+def test_every_mode_is_understood(mode):
+    """A white square in the middle of black; in colour modes by way of RGB."""
+    grey = np.zeros((40, 40), np.uint8)
+    grey[10:30, 10:30] = 255
+    if mode in ("I", "I;16"):
+        image = Image.fromarray(grey.astype(np.int32 if mode == "I" else np.uint16) * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype(np.float32) / 255)
+    else:
+        image = Image.fromarray(grey).convert("L" if mode == "LA" else "RGB").convert(mode)
+    assert image.mode == mode
+    result = seen(image)
+    assert result[16, 16].min() > 245 and result[2, 2].max() < 10
+
+
+def test_transparent_is_white(photo):
+    see_through = photo.convert("RGBA")
+    see_through.putalpha(Image.new("L", photo.size, 0))
+    assert (seen(encoded(see_through)) == 255).all()
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([200, 0, 0])
+    assert (seen(encoded(palette, transparency=0)) == 255).all()
+    assert (seen(encoded(palette)) == (200, 0, 0)).all()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_followed(photo, form):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    turned = seen(encoded(photo, form, exif=exif))
+    assert np.abs(turned[4, 28] - (250, 0, 0)).max() < 30 and np.abs(turned[4, 4] - (0, 0, 250)).max() < 30
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1000), (1000, 3), (2000, 1500)])
+def test_any_size(size):
+    assert (seen(Image.new("RGB", size, (10, 200, 30))) == (10, 200, 30)).all()
+
+
+def test_an_animation_is_its_first_frame():
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    assert (seen(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)).all()
+
+
+def test_a_folder_is_classified_in_the_order_of_its_names(tmp_path, synthetic):
+    images = synthetic[1].images[:3]
+    for name, image in zip(("b.png", "a.PNG", "c.bmp"), images, strict=True):
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    predictions = predict(Linear(), tmp_path, k=1, device="cpu")
+    assert [os.path.basename(p.source) for p in predictions] == ["a.PNG", "b.png", "c.bmp"]
+    for prediction, image in zip(predictions, images[[1, 0, 2]], strict=True):
+        assert np.array_equal(prediction.image, image)
+        assert prediction.classes == predict(Linear(), image, k=1, device="cpu")[0].classes
+
+
+def bomb():
+    """A PNG of a few bytes that says it is 100,000 by 100,000 pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def large():
+    """Beyond what Pillow warns of, and below what it refuses by itself."""
+    return encoded(Image.new("1", (10_000, 10_000)))
+
+
+@pytest.mark.parametrize(
+    "thing, named",
+    [
+        (b"not an image", "'12 bytes' is no image that can be read"),
+        (b"", "'0 bytes' is no image"),
+        (b"\xff\xd8\xff\xe0" + bytes(50), "is no image"),
+        (bomb(), "too large to be opened safely"),
+        (large(), "too large to be opened safely"),
+        (np.zeros((32, 32, 2), np.uint8), r"shape is \(32, 32, 2\); expected"),
+        (np.zeros((0, 32, 3), np.uint8), r"shape is \(0, 32, 3\)"),
+        (np.zeros(32, np.uint8), r"shape is \(32,\)"),
+        (np.full((32, 32), 3.0), "float64, from 3.0 to 3.0; expected uint8, or float from 0 to 1"),
+        (np.full((32, 32), np.nan), "from nan to nan"),
+        (np.zeros((32, 32), np.int64), "the array is int64"),
+        (Image.new("RGB", (0, 5)), "has no pixels"),
+        (Image.new("I", (5, 5), 70_000), "values from 70000 to 70000; expected 0 to 65535"),
+        (Image.new("La", (5, 5)), "mode La, which Pillow cannot make RGB"),
+    ],
+)
+def test_bad_input_no_image(thing, named):
+    with pytest.raises(ValueError, match=named):
+        predict(Linear(), thing, device="cpu")
+
+
+def test_bad_input_damaged_file_in_a_folder_is_named(photo, tmp_path):
+    photo.save(tmp_path / "good.png")
+    (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
+    with pytest.raises(ValueError, match=r"half\.png' is no image that can be read"):
+        predict(Linear(), tmp_path, device="cpu")
+
+
+def test_bad_input_paths_and_kinds(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no image 'nowhere\.png'"):
+        predict(Linear(), "nowhere.png", device="cpu")
+    with pytest.raises(FileNotFoundError, match="name a file or a folder on this machine"):
+        predict(Linear(), "https://example.org/cat.png", device="cpu")
+    with pytest.raises(ValueError, match="holds no image"):
+        predict(Linear(), tmp_path, device="cpu")
+    with pytest.raises(TypeError, match="image is a NoneType; expected a path, bytes, a PIL image or a NumPy array"):
+        predict(Linear(), None, device="cpu")
+
+
+@pytest.mark.parametrize("k", [0, 11])
+def test_bad_input_number_of_classes(k, photo):
+    with pytest.raises(ValueError, match=f"k is {k}; expected 1 to 10"):
+        predict(Linear(), photo, k=k, device="cpu")
+
+
+def test_bad_input_names_that_do_not_fit_the_network(photo):
+    with pytest.raises(ValueError, match="names are 3, and the network has 10 outputs"):
+        predict(Linear(), photo, names=("a", "b", "c"), device="cpu")
+
+
+# -- export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")  # the exporter's own, which change with its release
+def test_the_exported_graph_says_the_same_as_the_network(tmp_path, synthetic):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, path = small_network().train(), tmp_path / "network.onnx"
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    export_onnx(model, path)
+    assert model.training and all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]  # the weights are inside
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for n in (1, 7):
+        images = synthetic[1].images[:n]
+        (probabilities,) = session.run(["probabilities"], {"images": images})
+        for row, image in zip(probabilities, images, strict=True):
+            (prediction,) = predict(model, image, k=10, device="cpu")
+            ours = dict(zip(prediction.classes, prediction.probabilities, strict=True))
+            assert row == pytest.approx([ours[name] for name in CLASSES], abs=1e-5)
+    graph = onnx.load(path)
+    assert "includes the normalisation" in graph.doc_string
+    assert {entry.key: entry.value for entry in graph.metadata_props}["classes"] == ",".join(CLASSES)
+
+
+def test_export_names_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="export needs onnx and onnxscript: pip install onnx onnxscript onnxruntime"):
+        export_onnx(small_network(), tmp_path / "network.onnx")
