@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import official_archive
+from networks import small_network
 
 import cifar10
 import utils
@@ -26,11 +27,6 @@ if os.name == "posix":
 posix = pytest.mark.skipif(os.name != "posix", reason="kills processes and limits files as POSIX systems do")
 
 RECIPE = Config(epochs=3, batch_size=25)
-
-
-def small_network():
-    torch.manual_seed(0)
-    return AdvancedCNN(width=0.5)
 
 
 def wait_for(condition, seconds=120):

@@ -4,11 +4,9 @@ import re
 from pathlib import Path
 
 import nbformat
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = nbformat.read(ROOT / "Session_8.ipynb", 4)
-MODULES = sorted(path.name for path in ROOT.glob("*.py"))
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 
 
@@ -60,9 +58,3 @@ def test_its_outputs_are_of_the_real_images_and_without_paths_of_a_machine():
 
 def test_no_constants_of_somebodys_run_are_left_in():
     assert not [cell for cell in CODE if "injected-parameters" in cell.metadata.get("tags", [])]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_colab_checks_for_every_module(name):
-    setup = next(cell.source for cell in CODE if "google.colab" in cell.source)
-    assert f'"{name}"' in setup
