@@ -49,7 +49,8 @@ def write_file(path, content, keep_as=None):
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
+        error.add_note(f"'{path}' was not written: make room there, or name another folder, and try again")
         part.unlink(missing_ok=True)
         raise
 

@@ -17,7 +17,7 @@ from networks import small_network
 
 import cifar10
 import utils
-from checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint, save_model
 from model_AC import AdvancedCNN
 from utils import Config, TrainingDiverged, fit
 
@@ -283,6 +283,17 @@ def test_fault_disk_full_while_writing(tmp_path):
     assert not list(tmp_path.glob("*.part"))
     state = load_checkpoint(tmp_path)  # the last that fitted: of the second epoch's last step
     assert (state["epoch"], state["progress"]["batches"]) == (1, 12)
+
+
+def test_fault_disk_full_at_the_end_says_what_to_do(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_model(tmp_path / "model.pt", small_network(), RECIPE, {}, cifar10.CLASSES)
+    assert "model.pt' was not written: make room there, or name another folder" in caught.value.__notes__[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_fault_disk_full_is_told_and_the_last_checkpoint_kept(tmp_path, synthetic, monkeypatch, capsys):
