@@ -14,7 +14,8 @@ class Config:
     batch_size: None is 128 on an accelerator and 64 on a CPU. lr: the rate, or the peak of the "one_cycle" schedule,
     which rises linearly over the fraction `warmup` of training and then falls linearly to 0. weight_decay: on
     weights only, not on biases and batch norm. label_smoothing: the share of the target spread over all classes.
-    cutout: the side, in pixels, of a square painted over in each training image; 0 for none.
+    cutout: the side, in pixels, of a square painted over in each training image; 0 for none. dropout: what the
+    network is to be made with, `AdvancedCNN(dropout=config.dropout)`.
     precision: "auto" is mixed precision where the hardware has it (see `mixed_precision`), "float32" is never.
     deterministic: ask PyTorch for deterministic kernels, at some cost in speed; a CPU's are so in any case.
     Raises ValueError on construction, naming the value and what is expected.
@@ -28,6 +29,7 @@ class Config:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     cutout: int = 0
+    dropout: float = 0.1
     schedule: str = "constant"
     warmup: float = 0.25
     precision: str = "auto"
@@ -42,7 +44,7 @@ class Config:
         def whole(value):
             return isinstance(value, int) and not isinstance(value, bool)
 
-        numbers = ("lr", "momentum", "weight_decay", "label_smoothing", "warmup")
+        numbers = ("lr", "momentum", "weight_decay", "label_smoothing", "dropout", "warmup")
         for name in numbers:
             check(name, isinstance(getattr(self, name), int | float), "a number")
         check("epochs", whole(self.epochs) and self.epochs >= 1, "a whole number of at least 1, for instance 40")
@@ -56,6 +58,7 @@ class Config:
         check("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, for instance 5e-4")
         check("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1, for instance 0.1")
         check("cutout", whole(self.cutout) and 0 <= self.cutout <= 32, "a side from 0 (none) to 32 pixels")
+        check("dropout", 0 <= self.dropout < 1, "a share from 0 to below 1, for instance 0.1")
         check("schedule", self.schedule in ("constant", "one_cycle"), "'constant' or 'one_cycle'")
         check("warmup", 0 < self.warmup < 1, "a fraction between 0 and 1, for instance 0.25")
         check("precision", self.precision in ("auto", "float32"), "'auto' or 'float32'")
@@ -66,10 +69,11 @@ class Config:
 
     @classmethod
     def one_cycle(cls, **changes):
-        """The second recipe: a one-cycle schedule (Smith 2018, arXiv:1803.09820), Nesterov momentum, weight decay,
-        label smoothing and cutout. `changes` override its numbers."""
-        recipe = dict(lr=0.1, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, cutout=8, schedule="one_cycle")
-        return cls(**{**recipe, **changes})
+        """The second recipe: a one-cycle schedule (Smith 2018, arXiv:1803.09820), Nesterov momentum, and weight decay,
+        label smoothing and cutout in the place of dropout. `changes` override its numbers."""
+        recipe = dict(schedule="one_cycle", lr=0.1, nesterov=True)
+        regularisation = dict(weight_decay=5e-4, label_smoothing=0.1, cutout=8, dropout=0.0)
+        return cls(**{**recipe, **regularisation, **changes})
 
     @classmethod
     def named(cls, recipe, **changes):

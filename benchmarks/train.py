@@ -17,21 +17,24 @@ import utils
 from model_AC import AdvancedCNN
 
 PUBLISHED = 40, 128, 50_000, 10_000  # epochs, batch size, training and test images of a run that is published
-NETWORKS = {network.__name__: network for network in (AdvancedCNN, ResNet20)}
+NETWORKS = {
+    "AdvancedCNN": lambda config: AdvancedCNN(dropout=config.dropout),
+    "ResNet20": lambda config: ResNet20(),  # which has no dropout
+}
 
 
 def record_path(results, network, recipe, seed, device):
-    """Where a run's record is published."""
-    return Path(results) / f"{network.__name__}_{recipe}_seed{seed}_{device.type}.json"
+    """Where the record of a run of the network of that name is published."""
+    return Path(results) / f"{network}_{recipe}_seed{seed}_{device.type}.json"
 
 
 def run(network, config, train_split, test_split, device, runs):
-    """Train `network`, a class, as `config` says, in a folder of its own in `runs`.
+    """Train the network of that name as `config` says, in a folder of its own in `runs`.
 
     Returns that folder, in which its checkpoints, weights and record lie; None when training was interrupted.
     """
     torch.manual_seed(config.seed)
-    model = network()
+    model = NETWORKS[network](config)
     folder = utils.run_folder(model, train_split, test_split, config, device, runs)
     history = utils.fit(model, train_split, test_split, config, device, folder)
     if len(history["seconds"]) < config.epochs:
@@ -52,13 +55,14 @@ def main(results=ROOT / "results", runs=ROOT / "runs"):
     splits = real_splits(options)
     sizes = options.epochs, options.batch_size, *map(len, splits)
     published = sizes == PUBLISHED
-    network = NETWORKS[options.network]
-    paths = {seed: record_path(results, network, options.recipe, seed, options.device) for seed in options.seeds}
+    paths = {
+        seed: record_path(results, options.network, options.recipe, seed, options.device) for seed in options.seeds
+    }
     if published and not options.replace and (there := [str(path) for path in paths.values() if path.exists()]):
         sys.exit(f"There is a record already: {', '.join(there)}. Name another seed, or say --replace.")
     for seed, path in paths.items():
         config = utils.Config.named(options.recipe, epochs=options.epochs, batch_size=options.batch_size, seed=seed)
-        folder = run(network, config, *splits, options.device, runs)
+        folder = run(options.network, config, *splits, options.device, runs)
         if folder is None:
             sys.exit("Interrupted: nothing is published. Run again to go on.")
         if published:

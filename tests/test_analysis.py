@@ -172,11 +172,12 @@ def test_grad_cam_agrees_with_the_formula():
     model.double()
     with torch.no_grad():
         x = model.blocks[:2](model.stem(normalize(torch.from_numpy(images), CPU).double()))
-        feature = model.blocks[2][0](x)  # 7 by 7: the last that is wide enough
+        block = model.blocks[2]
+        feature = block.shrink[0](x)  # 7 by 7: the last that is wide enough
 
         def score(feature):
-            rest = model.blocks[2][1:](feature)
-            return model.dense(rest.mean((2, 3)))[:, 4]
+            x = block.shrink[1:](feature)
+            return model.dense(nn.functional.gelu(x + block.residual(x)).mean((2, 3)))[:, 4]
 
         step, channels = 1e-3, feature.shape[1]
         gradients = torch.zeros(channels)

@@ -40,13 +40,21 @@ def test_the_stem_whitens_the_patches_of_real_images(model, real_splits):
 
 
 def test_convolutions_begin_as_the_identity(model):
-    for channels_in, block in zip((24, 40, 128), model.blocks, strict=True):
-        first, second = (layer for layer in block if isinstance(layer, nn.Conv2d))
+    for channels_in, block in zip((24, 32, 96), model.blocks, strict=True):
+        first, *others = (layer for layer in block.modules() if isinstance(layer, nn.Conv2d))
         x = torch.randn(2, channels_in, 9, 9)
         torch.testing.assert_close(first(x)[:, :channels_in], x)
-        y = torch.randn(2, second.in_channels, 9, 9)
-        torch.testing.assert_close(second(y), y)
         assert first.weight[channels_in:].std() > 0.01  # the rest is random
+        y = torch.randn(2, first.out_channels, 9, 9)
+        assert len(others) == 2
+        for convolution in others:
+            torch.testing.assert_close(convolution(y), y)
+
+
+def test_a_block_adds_what_its_convolutions_make_to_what_the_pooling_kept(model):
+    block, x = model.blocks[1].eval(), torch.randn(2, 32, 15, 15)
+    nn.init.zeros_(block.residual[-1].weight)  # the last batch norm: nothing is added
+    torch.testing.assert_close(block(x), nn.functional.gelu(block.shrink(x)))
 
 
 def test_evaluation_is_deterministic_and_training_drops_out():
@@ -90,10 +98,10 @@ def test_counting_macs_leaves_model_and_random_state_alone(model):
 
 
 def test_the_last_grid_sees_the_whole_image(model):
-    # The docstring's table says a receptive field of 51 pixels: more than the image is wide.
+    # The docstring's table says a receptive field of 79 pixels: more than the image is wide.
     image = torch.zeros(1, 3, 32, 32, requires_grad=True)
     grid = image
-    for module in [*model.stem, *(layer for block in model.blocks for layer in block)]:
+    for module in model.modules():  # in the order of the image's way; the shortcuts see less
         if isinstance(module, nn.Conv2d):
             grid = nn.functional.conv2d(
                 grid, module.weight.new_ones(module.weight.shape) / module.weight[0].numel(), padding=module.padding
