@@ -32,7 +32,8 @@ def test_the_default_recipe_is_the_seed_projects():
         {"lr": 0}, {"lr": "0.1"}, {"lr": None}, {"lr": float("nan")}, {"lr": float("inf")},
         {"momentum": 1}, {"momentum": -0.1},
         {"weight_decay": -1}, {"label_smoothing": 1}, {"schedule": "cosine"}, {"warmup": 0}, {"warmup": 1},
-        {"cutout": -1}, {"cutout": 33}, {"cutout": 8.0}, {"dropout": 1.0}, {"dropout": -0.1}, {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
+        {"dropout": 1.0}, {"dropout": -0.1},
+        {"cutout": -1}, {"cutout": 33}, {"cutout": 8.0}, {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
     ],
 )  # fmt: skip
 def test_bad_input_recipe(wrong):
