@@ -2,13 +2,16 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import plots
-from analysis import Misclassified
+from analysis import CamPair, Misclassified, calibration, class_accuracy, confusion_matrix, most_confused
 from cifar10 import CLASSES, synthetic_cifar10
 from dry_run import LRRange
+from inference import Prediction
 from utils import Config, augment
 
 HISTORY = {
@@ -34,18 +37,43 @@ def split():
 
 @pytest.fixture(scope="module")
 def mistakes():
-    return Misclassified(np.array([7, 3, 11]), np.array([1, 2, 4]), np.array([0.987, 0.8, 0.5], np.float32))
+    probabilities = np.full((3, 10), 0.001, np.float32)
+    for row, (predicted, confidence) in zip(probabilities, [(1, 0.987), (2, 0.8), (4, 0.5)], strict=True):
+        row[predicted] = confidence
+    return Misclassified(np.array([7, 3, 11]), probabilities)
+
+
+@pytest.fixture(scope="module")
+def logits(split):
+    """Outputs that are right for about two thirds of the images."""
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(3 * np.eye(10)[split.labels] + rng.normal(0, 1.5, (len(split), 10)))
+
+
+@pytest.fixture(scope="module")
+def cams(split):
+    maps = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32)
+    return [
+        CamPair("cat", "dog", split.images[0], maps[0], 0.91, split.images[1], maps[1], maps[2], 0.82),
+        CamPair("ship", "frog", split.images[2], maps[0], 0.73, split.images[3], maps[1], maps[2], 0.64),
+    ]
 
 
 @pytest.fixture
-def every_figure(split, mistakes):
+def every_figure(split, mistakes, logits, cams):
+    confusion = confusion_matrix(logits, split.labels)
     return {
         "samples": plots.plot_samples(split),
         "augmentations": plots.plot_augmentations(split.images[0], augment(split, 0, 23), split.source),
         "loss": plots.plot_loss(HISTORY, split.source),
         "accuracy": plots.plot_accuracy(HISTORY, split.source),
         "learning rate range": plots.plot_lr_range(RANGE, split.source),
+        "training": plots.plot_training(HISTORY, split.source),
+        "confusion": plots.plot_confusion(confusion, most_confused(confusion), split.source),
+        "class accuracy": plots.plot_class_accuracy(class_accuracy(confusion), split.source),
         "misclassified": plots.plot_misclassified(split, mistakes),
+        "Grad-CAM": plots.plot_grad_cam(cams, split.source),
+        "calibration": plots.plot_calibration(calibration(logits, split.labels), split.source),
     }
 
 
@@ -61,8 +89,8 @@ def test_every_figure_renders_at_notebook_width_with_legible_text(every_figure):
         figure.savefig(buffer, format="png", bbox_inches="tight")
         width, _ = Image.open(buffer).size
         assert 800 <= width <= 1000, name
-        texts = [text for ax in figure.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label)]
-        assert all(text.get_fontsize() >= 9 for text in texts if text.get_text()), name
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert texts and all(text.get_fontsize() >= 9 for text in texts), name
 
 
 def test_samples_show_each_class_under_its_name(split):
@@ -133,19 +161,112 @@ def test_range_test_is_plotted_with_the_suggested_rate_marked():
     assert low < 1.5 < 2.3 < high < 5  # the explosion at the end does not flatten what matters
 
 
-def test_misclassified_grid_shows_images_labels_and_confidence(split, mistakes):
+def bars(ax):
+    """The names and lengths of a bar chart, from top to bottom."""
+    return [(text.get_text(), bar.get_width()) for text, bar in zip(ax.texts, ax.patches, strict=True)]
+
+
+def test_misclassified_grid_shows_images_labels_and_the_three_likeliest_classes(split, mistakes):
     figure = plots.plot_misclassified(split, mistakes)
-    images = shown(figure)
-    assert len(images) == 3
-    for image, ax, index, predicted, confidence in zip(images, figure.axes, *mistakes, strict=False):
-        assert np.array_equal(image, split.images[index])
-        caption = ax.get_title()
-        assert f"pred. {CLASSES[predicted]}, {100 * confidence:.0f} %" in caption
-        assert f"actual {CLASSES[split.labels[index]]}" in caption
+    assert len(shown(figure)) == 3
+    cells = zip(figure.axes[::2], figure.axes[1::2], *mistakes, strict=False)
+    for ax, beside, index, probabilities in cells:
+        assert np.array_equal(ax.images[0].get_array(), split.images[index])
+        predicted, actual = int(probabilities.argmax()), CLASSES[split.labels[index]]
+        caption = ax.get_title(loc="left")
+        assert f"pred. {CLASSES[predicted]}, {100 * probabilities.max():.0f} %" in caption
+        assert f"actual {actual}" in caption
+        names, lengths = zip(*bars(beside), strict=True)
+        assert names[0] == CLASSES[predicted] and len(names) == 3
+        assert lengths == pytest.approx([probabilities[CLASSES.index(name)] for name in names])
     assert "3 of 200 misclassified (1.5 %)" in title(figure)
 
 
+def test_the_actual_class_has_another_colour_among_the_likeliest(split):
+    probabilities = np.zeros((1, 10), np.float32)
+    actual = split.labels[5]
+    wrong = (actual + 1) % 10
+    probabilities[0, wrong], probabilities[0, actual] = 0.7, 0.3
+    beside = plots.plot_misclassified(split, Misclassified(np.array([5]), probabilities)).axes[1]
+    first, second, third = (bar.get_facecolor() for bar in beside.patches)
+    assert first == third != second
+
+
 def test_misclassified_grid_without_mistakes(split):
-    none = Misclassified(np.array([], int), np.array([], int), np.array([]))
+    none = Misclassified(np.array([], int), np.zeros((0, 10)))
     figure = plots.plot_misclassified(split, none)
     assert "0 of 200" in title(figure) and not shown(figure)
+
+
+def test_training_shows_gap_rate_and_seconds():
+    gap, rate, seconds = plots.plot_training(HISTORY, "source").axes
+    assert list(gap.lines[0].get_ydata()) == [-10.0, -5.0, 1.75]
+    assert list(rate.lines[0].get_ydata()) == HISTORY["lr"] and list(seconds.lines[0].get_ydata()) == HISTORY["seconds"]
+    assert seconds.get_ylim()[0] == 0  # a constant is drawn as one
+    plots.plot_training({name: [] for name in HISTORY}, "source")
+
+
+def test_confusion_shows_percent_of_each_row_and_the_pairs(split, logits):
+    confusion = confusion_matrix(logits, split.labels)
+    pairs = most_confused(confusion)
+    matrix, beside = plots.plot_confusion(confusion, pairs, "source").axes
+    percent = 100 * confusion / confusion.sum(1, keepdims=True)
+    assert [text.get_text() for text in matrix.texts] == [f"{value:.1f}" for value in percent.flat]
+    assert np.isnan(np.diag(matrix.images[0].get_array().filled(np.nan))).all()  # hits are not coloured
+    assert f"{pairs[0].count}  {pairs[0].actual} as {pairs[0].predicted}" in beside.texts[0].get_text()
+    assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted", "actual")
+
+
+def test_confusion_without_mistakes():
+    _, beside = plots.plot_confusion(5 * np.eye(10, dtype=int), [], "source").axes
+    assert beside.texts[0].get_text() == "no mistakes"
+
+
+def test_class_accuracy_shows_every_class_with_its_interval(split, logits):
+    result = class_accuracy(confusion_matrix(logits, split.labels))
+    (ax,) = plots.plot_class_accuracy(result, "source").axes
+    order = np.argsort(result.accuracy)
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        f"{CLASSES[i]}  {result.accuracy[i]:.1f}" for i in order
+    ]
+    (segments,) = [collection.get_segments() for collection in ax.collections]
+    assert [segment[:, 0].tolist() for segment in segments] == [
+        pytest.approx([result.low[i], result.high[i]]) for i in order
+    ]
+
+
+def test_calibration_shows_the_filled_bins_and_the_error(split, logits):
+    result = calibration(logits, split.labels, bins=10)
+    assert (result.count == 0).any()
+    ax, below = plots.plot_calibration(result, "source").axes
+    filled = result.count > 0
+    curve = ax.lines[1].get_xydata()
+    assert np.allclose(curve, 100 * np.stack([result.confidence, result.accuracy], 1)[filled])
+    assert f"{100 * result.error:.1f} points" in ax.get_legend().get_texts()[1].get_text()
+    assert [bar.get_height() for bar in below.patches] == result.count.tolist()
+
+
+def test_grad_cam_shows_right_beside_wrong(cams):
+    axes = np.reshape(plots.plot_grad_cam(cams, "source").axes, (2, 5))
+    for row, pair in zip(axes, cams, strict=True):
+        images = [[image.get_array() for image in ax.images] for ax in row]
+        expected = [[pair.right], [pair.right, pair.right_cam], [pair.wrong], [pair.wrong, pair.wrong_cam],
+                    [pair.wrong, pair.missed_cam]]  # fmt: skip
+        for cell, arrays in zip(images, expected, strict=True):
+            assert len(cell) == len(arrays) and all(map(np.array_equal, cell, arrays))
+    assert [ax.get_title() for ax in axes[0]] == [
+        "cat, recognised", "for cat, 91 %", "cat, missed", "for dog, 82 %", "for cat",
+    ]  # fmt: skip
+
+
+def test_predictions_show_each_image_with_its_classes(split):
+    name = "a very long name of a file indeed.jpg"
+    predictions = [
+        Prediction("folder/one.png", split.images[0], ["cat", "dog"], [0.8, 0.15]),
+        Prediction(name, split.images[1], ["ship", "frog"], [0.6, 0.4]),
+    ]
+    figure = plots.plot_predictions(predictions)
+    assert title(figure) == "2 images, and what the network takes them for"
+    assert [ax.get_title(loc="left") for ax in figure.axes[:4:2]] == ["one.png", "a very lon… indeed.jpg"]
+    assert bars(figure.axes[1]) == [("cat 80 %", 0.8), ("dog 15 %", 0.15)]
+    assert all(map(np.array_equal, shown(figure), split.images[:2]))
