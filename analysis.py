@@ -20,12 +20,11 @@ class ClassAccuracy(NamedTuple):
 
 
 class Confusion(NamedTuple):
-    """How often one class is taken for another: their names, the number of images, and that in percent of `actual`."""
+    """How often one class is taken for another: their names, and the number of images."""
 
     actual: str
     predicted: str
     count: int
-    percent: float
 
 
 class Misclassified(NamedTuple):
@@ -77,13 +76,13 @@ def confusion_matrix(logits, labels):
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-def class_accuracy(confusion, z=1.959964):
+def class_accuracy(confusion):
     """The accuracy of each class with its interval after Wilson (1927, J. Am. Stat. Assoc. 22), which stays within 0
     and 100 % and holds for few images too.
 
-    confusion: int64 (C, C), of `confusion_matrix`. z: half-width in standard deviations; 1.96 is 95 %. Returns a
-    ClassAccuracy.
+    confusion: int64 (C, C), of `confusion_matrix`. Returns a ClassAccuracy.
     """
+    z = 1.959964  # standard deviations on either side that hold 95 % of a normal distribution
     n = np.where(confusion.sum(1), confusion.sum(1), np.nan)
     share = confusion.diagonal() / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -99,11 +98,7 @@ def most_confused(confusion, n=10, names=CLASSES):
     mistakes = confusion - np.diag(confusion.diagonal())
     order = np.argsort(-mistakes, axis=None, kind="stable")[:n]
     pairs = [divmod(int(place), len(confusion)) for place in order]
-    return [
-        Confusion(names[a], names[p], int(mistakes[a, p]), float(100 * mistakes[a, p] / confusion[a].sum()))
-        for a, p in pairs
-        if mistakes[a, p]
-    ]
+    return [Confusion(names[a], names[p], int(mistakes[a, p])) for a, p in pairs if mistakes[a, p]]
 
 
 def misclassified(logits, labels, actual=None, predicted=None, names=CLASSES):

@@ -194,7 +194,7 @@ def identify_run(model, train_split, test_split, config, device, augmentation, f
 
     The configuration and the batch size it comes to on the device, the network (its class, its layers, its code and
     that of the module it stands in), the data (a SHA-256 of images and labels, in their order), the augmentation (as
-    text), and the code of the schedule and of `functions`: those that make the optimizer and take a step.
+    text), and the code of the schedule and of `functions`: those that make the optimizer, normalise and take a step.
     """
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     parameters = sum(parameter.numel() for parameter in model.parameters())

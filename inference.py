@@ -167,7 +167,7 @@ def export_onnx(model, path, names=CLASSES):
     )
     graph = program.model_proto
     graph.doc_string = (
-        "CIFAR-10 classifier. Input: RGB pixels, uint8 (batch, 32, 32, 3); the graph includes the normalisation. "
+        "Image classifier. Input: RGB pixels, uint8 (batch, 32, 32, 3); the graph includes the normalisation. "
         "Output: probabilities, float32 (batch, classes)."
     )
     onnx.helper.set_model_props(graph, {"classes": ",".join(names), "normalisation": "included"})

@@ -250,12 +250,12 @@ def plot_misclassified(split, mistakes, rows=4, columns=4, names=CLASSES):
     return figure
 
 
-def plot_predictions(predictions, columns=4):
-    """Images as the network saw them, their source above, and beside each its likeliest classes as bars.
+def plot_predictions(predictions, source, columns=4):
+    """Images as the network saw them, their names above, and beside each its likeliest classes as bars.
 
-    predictions: what `inference.predict` returns.
+    predictions: what `inference.predict` returns. source: where the images are from, in words.
     """
-    title = f"{len(predictions):,} image{'s' if len(predictions) != 1 else ''}, and what the network takes them for"
+    title = f"What the network takes {'this' if len(predictions) == 1 else 'these'} for: {source}"
     figure, axes = _bars_grid(-(-len(predictions) // columns), columns, title, caption=0.2)
     for (ax, beside), (source, image, classes, probabilities) in zip(axes, predictions, strict=False):
         _show_image(ax, image)

@@ -35,7 +35,7 @@ from checkpoint import (
 )
 from cifar10 import CLASSES, MEAN, STD, load_cifar10, synthetic_cifar10, validation_split
 from config import Config, autocast, get_device, kernels, mixed_precision
-from loaders import augment, make_loader, test_transforms, train_transforms
+from loaders import PADDING, augment, make_loader, test_transforms, train_transforms
 from plots import (
     plot_accuracy,
     plot_augmentations,
@@ -98,7 +98,9 @@ def train_step(model, images, labels, optimizer, scaler, config, device):
     """
     labels = labels.to(device, non_blocking=True)
     with autocast(config, device):
-        log_probs = model(normalize(images, device)).float()
+        outputs = model(normalize(images, device))
+    # Leaves log-probabilities as they are, and makes them of the scores in which other networks end.
+    log_probs = F.log_softmax(outputs.float(), dim=1)
     nll = F.nll_loss(log_probs, labels)
     loss = (1 - config.label_smoothing) * nll - config.label_smoothing * log_probs.mean()
     optimizer.zero_grad()
@@ -200,7 +202,8 @@ def test(model, loader, config, device):
     for images, labels in loader:
         labels = labels.to(device, non_blocking=True)
         with autocast(config, device):
-            log_probs = model(normalize(images, device)).float()
+            outputs = model(normalize(images, device))
+        log_probs = F.log_softmax(outputs.float(), dim=1)
         loss_sum += F.nll_loss(log_probs, labels, reduction="sum")
         correct += (log_probs.argmax(1) == labels).sum()
     n = len(loader.dataset)
@@ -280,9 +283,9 @@ class Run:
         self.train_loader._iterator = None
 
     def check(self):
-        """Raise TrainingDiverged unless every weight, statistic and momentum is finite."""
-        momenta = [entry.get("momentum_buffer") for entry in self.optimizer.state.values()]
-        tensors = [*self.model.state_dict().values(), *(tensor for tensor in momenta if tensor is not None)]
+        """Raise TrainingDiverged unless every weight, every statistic and all that the optimizer keeps is finite."""
+        kept = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        tensors = [*self.model.state_dict().values(), *filter(torch.is_tensor, kept)]
         if not all(tensor.isfinite().all() for tensor in tensors):
             lr = self.optimizer.param_groups[0]["lr"]
             raise TrainingDiverged("a weight became NaN or infinite", self.epoch, self.progress.batches - 1, lr)
@@ -310,8 +313,8 @@ def _identity(model, train_split, test_split, config, device):
         test_split,
         config,
         device,
-        augmentation=repr(train_transforms(config.cutout)),
-        functions=(make_optimizer, train_step),
+        augmentation=f"pad {PADDING}, {train_transforms(config.cutout)!r}, normalize by {MEAN} and {STD}",
+        functions=(make_optimizer, train_step, normalize),
     )
 
 
@@ -374,7 +377,8 @@ def fit(
                 if checkpoint_dir is not None:
                     save()
     except KeyboardInterrupt:
-        print(f"\nInterrupted in epoch {run.epoch + 1}: the history holds the {run.epoch} before it.", flush=True)
+        print(f"\nInterrupted in epoch {run.epoch + 1}: the history holds the {run.epoch} before it, the weights are "
+              "those of this moment.", flush=True)  # fmt: skip
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -83,7 +83,7 @@ def test_most_confused_pairs_are_named_and_sorted():
     assert [(p.actual, p.predicted, p.count) for p in pairs] == [
         ("airplane", "ship", 20), ("cat", "dog", 10), ("dog", "cat", 7),
     ]  # fmt: skip
-    assert pairs[1].percent == pytest.approx(10) and len(most_confused(confusion, n=2)) == 2
+    assert len(most_confused(confusion, n=2)) == 2
 
 
 def test_misclassified_images_are_found_and_sorted_by_confidence():

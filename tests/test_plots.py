@@ -265,8 +265,8 @@ def test_predictions_show_each_image_with_its_classes(split):
         Prediction("folder/one.png", split.images[0], ["cat", "dog"], [0.8, 0.15]),
         Prediction(name, split.images[1], ["ship", "frog"], [0.6, 0.4]),
     ]
-    figure = plots.plot_predictions(predictions)
-    assert title(figure) == "2 images, and what the network takes them for"
+    figure = plots.plot_predictions(predictions, "my photos")
+    assert title(figure) == "What the network takes these for: my photos"
     assert [ax.get_title(loc="left") for ax in figure.axes[:4:2]] == ["one.png", "a very lon… indeed.jpg"]
     assert bars(figure.axes[1]) == [("cat 80 %", 0.8), ("dog 15 %", 0.15)]
     assert all(map(np.array_equal, shown(figure), split.images[:2]))

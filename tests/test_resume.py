@@ -121,7 +121,8 @@ def test_resume_tells_of_other_versions(synthetic, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "what", ["lr", "seed", "dropout", "network", "forward", "helper", "data", "order", "augmentation", "optimizer"]
+    "what",
+    ["lr", "seed", "dropout", "network", "forward", "helper", "data", "order", "augmentation", "padding", "optimizer"],
 )
 def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, monkeypatch, what):
     fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path)
@@ -151,7 +152,10 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
     elif what == "augmentation":
         centre = utils.test_transforms
         monkeypatch.setattr(utils, "train_transforms", lambda cutout: centre())
-        named = r"augmentation was .*RandomCrop.* and is 'Compose"
+        named = r"augmentation was .*RandomCrop.* and is 'pad 4, Compose"
+    elif what == "padding":
+        monkeypatch.setattr(utils, "PADDING", 2)
+        named = "augmentation was 'pad 4, .* and is 'pad 2, "
     elif what == "optimizer":
         monkeypatch.setattr(utils, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
         named = "code of make_optimizer was"

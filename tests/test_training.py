@@ -146,6 +146,18 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
     torch.testing.assert_close(ours.dense.weight, expected)
 
 
+def test_a_network_that_ends_in_scores_is_trained_and_tested_as_one_in_log_probabilities(synthetic):
+    class Scores(Linear):
+        def forward(self, x):
+            return 3 + self.dense(x.flatten(1))
+
+    config, results = Config(epochs=2, batch_size=50, lr=0.001, label_smoothing=0.2, precision="float32"), []
+    for network in (Linear(), Scores()):
+        history = fit(network, *synthetic, config, "cpu")
+        results.append([value for name in ("train_loss", "test_loss", "test_accuracy") for value in history[name]])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
 def test_training_lowers_the_loss_and_learns(synthetic):
     history = fit(small_network(), *synthetic, Config(epochs=5, batch_size=20), "cpu")
     assert history["train_loss"][-1] < 0.7 * history["train_loss"][0]
