@@ -160,34 +160,39 @@ def _probabilities(logits, labels):
 def grad_cam(model, images, classes=None, device=None, grid=6):
     """Grad-CAM: where in an image the evidence for a class lies (Selvaraju et al. 2017, arXiv:1610.02391).
 
-    The channels of the last convolution whose output is at least `grid` pixels wide (coarser ones show nothing), each
-    weighted by the mean gradient of the class's score, are summed, cut off below 0, and enlarged to the image. The
-    score is the output of the last dense layer: the gradient of a probability close to 1 would vanish.
+    The channels of the last feature map that is at least `grid` pixels wide (coarser ones show nothing), each weighted
+    by the mean gradient of the class's score, are summed, cut off below 0, and enlarged to the image. That map is what
+    a module returns that is no convolution: a constant added to a convolution's output changes the sum, though a batch
+    norm behind it takes it away again. The score is what the last dense layer returns, if it is one number a class:
+    the gradient of a log-probability close to 0 would vanish.
 
     images: uint8 (B, 32, 32, 3). classes: int64 (B,), which class to explain; the predicted one when None. Returns
     float32 (B, 32, 32): each map from 0 to 1, or all 0 where nothing speaks for the class. The model is left in
-    evaluation mode on the device, its gradients as they were. Raises ValueError for a model without such layers.
+    evaluation mode on the device, its gradients as they were. Raises ValueError for a model without such a map.
     """
     device = get_device(device)
     model.to(device, memory_format=torch.channels_last).eval()
-    modules = list(model.modules())
-    convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
-    dense = [module for module in modules if isinstance(module, nn.Linear)][-1:]
-    maps, scores = [], []
-    hooks = [module.register_forward_hook(lambda _, __, output: maps.append(output)) for module in convolutions]
-    hooks += [module.register_forward_hook(lambda _, __, output: scores.append(output)) for module in dense]
+    maps, dense = [], []
+
+    def keep(module, _, output):
+        if isinstance(module, nn.Linear):
+            dense.append(output)
+        elif not isinstance(module, nn.Conv2d) and torch.is_tensor(output) and output.ndim == 4:
+            maps.append(output)
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules()]
     try:
-        model(normalize(torch.as_tensor(images), device).requires_grad_())
+        output = model(normalize(torch.as_tensor(images), device).requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
-    maps = [output for output in maps if output.shape[-1] >= grid]
-    if not maps or not scores:
+    maps = [feature for feature in maps if feature.shape[-1] >= grid]
+    if not maps:
         raise ValueError(
-            f"Grad-CAM needs a convolution whose output is at least {grid} pixels wide (grid={grid}) and a dense layer "
-            f"behind it: {type(model).__name__} has not both"
+            f"grid is {grid}, and {type(model).__name__} has no module that returns maps at least that wide (a "
+            "convolution's own output is not taken): ask for a smaller grid, or for another network"
         )
-    score, feature = scores[-1], maps[-1]
+    score, feature = dense[-1] if dense and dense[-1].shape == output.shape else output, maps[-1]
     classes = score.argmax(1) if classes is None else torch.as_tensor(classes, device=device)
     (gradient,) = torch.autograd.grad(score.gather(1, classes[:, None]).sum(), feature)
     cam = (gradient.mean((2, 3), keepdim=True) * feature).sum(1, keepdim=True).relu().detach()
@@ -220,15 +225,17 @@ def grad_cam_pairs(model, split, logits, n=4, device=None, names=CLASSES):
     the image of its class that was recognised with the confidence nearest to the mistake's.
 
     logits: float (N, C), of `collect_logits` for the same split. Returns a list of `CamPair`, shorter where fewer
-    classes have mistakes.
+    classes have both.
     """
     labels = split.labels
     probabilities = _probabilities(logits, labels)
     confidence, given = probabilities.max(1), probabilities.argmax(1)
     pairs = {}  # by actual class
     for wrong in misclassified(logits, labels).index.tolist():
+        if len(pairs) == n or labels[wrong] in pairs:
+            continue
         rights = np.flatnonzero((labels == labels[wrong]) & (given == labels))
-        if len(pairs) < n and labels[wrong] not in pairs and len(rights):
+        if len(rights):
             pairs[labels[wrong]] = rights[np.abs(confidence[rights] - confidence[wrong]).argmin()], wrong
     if not pairs:
         return []

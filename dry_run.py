@@ -21,12 +21,13 @@ def estimate_seconds(model, train_split, test_split, config, device=None):
     run = Run(deepcopy(model), train_split, test_split, config, device)
 
     def seconds(loader, step, steps):
-        times = []
+        times = [time.perf_counter()]
         for (images, labels), _ in zip(loader, range(steps), strict=False):
             step(images, labels).item()  # waits for the device
             times.append(time.perf_counter())
-        # The first steps allocate memory and choose kernels: the median of the gaps leaves them out.
-        return len(loader) * float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        # The first step allocates memory and chooses kernels: it counts only where there is no other.
+        gaps = np.diff(times)
+        return len(loader) * float(np.median(gaps[1:] if len(gaps) > 1 else gaps))
 
     def train_one(images, labels):
         return train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)[0]
@@ -35,7 +36,7 @@ def estimate_seconds(model, train_split, test_split, config, device=None):
         with torch.no_grad(), autocast(config, device):
             return run.model(normalize(images, device)).sum()
 
-    with torch.random.fork_rng(), kernels(config):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), kernels(config):
         run.model.train()
         train_seconds = seconds(run.train_loader, train_one, steps=30)
         run.model.eval()
@@ -79,7 +80,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
     run = Run(deepcopy(model), train_split, train_split, config, device)
     run.model.train()
     rates, losses, average = [], [], 0.0
-    with torch.random.fork_rng(), kernels(config):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), kernels(config):
         torch.manual_seed(config.seed)
         for step, (images, labels) in zip(range(steps), _endlessly(run.train_loader), strict=False):
             lr = start * (end / start) ** (step / (steps - 1))

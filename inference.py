@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import warnings
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,9 @@ def predict(model, image, k=3, device=None, names=CLASSES):
         raise ValueError(f"k is {k}; expected 1 to {len(names)}, the number of classes")
     things = [image]
     if isinstance(image, str | os.PathLike) and Path(image).is_dir():
-        things = sorted(path for path in Path(image).iterdir() if path.suffix.lower() in SUFFIXES)
+        # Without files that begin with a dot: macOS leaves such beside each image on other file systems.
+        paths = (path for path in Path(image).iterdir() if path.is_file() and not path.name.startswith("."))
+        things = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
         if not things:
             raise ValueError(f"the folder '{image}' holds no image ({', '.join(SUFFIXES)})")
     sources, images = zip(*map(_load, things), strict=True)
@@ -114,7 +117,12 @@ def _from_array(array):
 def _as_input(image, source):
     if 0 in image.size:
         raise ValueError(f"'{source}' has no pixels: its size is {image.size}")
-    image = ImageOps.exif_transpose(image)
+    try:
+        image.load()
+    except Exception as error:  # a PIL image is read when it is used
+        raise ValueError(f"'{source}' cannot be read ({type(error).__name__}: {error})") from error
+    with suppress(Exception):  # EXIF data are damaged in many ways: then the image is taken as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow would cut off at 255
         values, top = np.asarray(image, np.float32), 65535 if image.mode.startswith("I") else 1
         if not (values.min() >= 0 and values.max() <= top):
@@ -127,7 +135,7 @@ def _as_input(image, source):
         image = image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"'{source}' has mode {image.mode}, which Pillow cannot make RGB: convert it first") from error
-    return np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
 
 
 class _FromPixels(nn.Module):
@@ -146,8 +154,8 @@ def export_onnx(model, path, names=CLASSES):
 
     The graph includes the normalisation: its input `images` is uint8 (B, 32, 32, 3), RGB, for any B, its output
     `probabilities` float32 (B, C). Its metadata say so, and hold the class names. The model is left as it was. Raises
-    ImportError, with the command that installs them, when the packages onnx and onnxscript are missing; OSError when
-    the file cannot be written.
+    ImportError, with the command that installs them, when the packages onnx and onnxscript are missing; ValueError for
+    more or fewer names than outputs; OSError when the file cannot be written.
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ImportError(f"export needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
@@ -155,7 +163,9 @@ def export_onnx(model, path, names=CLASSES):
 
     network = _FromPixels(deepcopy(model).cpu()).eval()
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    network(images)  # has `normalize` make its constants, which must not be made while the graph is traced
+    # This also has `normalize` make its constants, which must not be made while the graph is traced.
+    if (outputs := network(images).shape[1]) != len(names):
+        raise ValueError(f"names are {len(names)}, and the network has {outputs} outputs: name as many")
     program = torch.onnx.export(
         network,
         (images,),

@@ -1,7 +1,7 @@
 """Figures: each function takes data, returns a matplotlib Figure, and never trains, loads or prints.
 
 They are made for notebook width (about 9 inches), with text of at least 9 points and Okabe and Ito's colour-blind
-safe palette. Every title names the source of the data, so that no figure of a synthetic run passes for CIFAR-10.
+safe palette. Every title of a figure of data names their source, so that none of a synthetic run passes for CIFAR-10.
 """
 
 from pathlib import Path
@@ -113,7 +113,7 @@ def plot_lr_range(result, source):
     ax.axvline(result.suggestion, color=ORANGE, linestyle="--", linewidth=2, label=label)
     ax.set_xscale("log")
     low, high = min(result.loss), result.loss[0]
-    ax.set_ylim(low - 0.1 * (high - low), max(high, low) + 0.6 * abs(high - low) + 0.1)
+    ax.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low) + 0.1)
     ax.set_title(f"Learning rate range test: {source}", fontsize=12)
     ax.set_xlabel("learning rate")
     ax.set_ylabel("mean negative log-likelihood")
@@ -139,8 +139,8 @@ def plot_training(history, source):
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-        if not ax.get_ylim()[0] <= 0 <= ax.get_ylim()[1]:
-            ax.set_ylim(0, 1.1 * max(values, default=1))  # lest a constant look like noise
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, 0), 1.05 * max(high, 0) or 1)  # from 0, lest a constant look like noise
     return figure
 
 
@@ -160,8 +160,8 @@ def plot_confusion(confusion, pairs, source, names=CLASSES):
         hit, dark = row == column, mistakes[row, column] > 0.6 * highest
         ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9,
                 color="white" if dark else "black", fontweight="bold" if hit else "normal")  # fmt: skip
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(percent)), names[: len(percent)], rotation=45, ha="right")
+    ax.set_yticks(range(len(percent)), names[: len(percent)])
     ax.set_xlabel("predicted")
     ax.set_ylabel("actual")
     beside.set_axis_off()
@@ -179,6 +179,7 @@ def plot_class_accuracy(result, source, names=CLASSES):
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     ax = figure.subplots()
     order = np.argsort(result.accuracy)
+    order = order[~np.isnan(result.accuracy[order])]  # without classes of which there is no image
     accuracy, low, high = (values[order] for values in result)
     ax.errorbar(accuracy, range(len(order)), xerr=[accuracy - low, high - accuracy], fmt="o", color=BLUE, capsize=4)
     ax.set_yticks(range(len(order)), [f"{names[i]}  {result.accuracy[i]:.1f}" for i in order])
@@ -231,14 +232,17 @@ def _show_bars(ax, names, probabilities, colors):
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 
-def plot_misclassified(split, mistakes, rows=4, columns=4, names=CLASSES):
+def plot_misclassified(split, mistakes, rows=4, columns=4, which=None, names=CLASSES):
     """A grid of misclassified images with predicted label, its probability and actual label; beside each the three
     likeliest classes as bars, the actual one in another colour.
 
-    mistakes: what `analysis.misclassified` returns for the same split, shown in its order.
+    mistakes: what `analysis.misclassified` returns for the same split, shown in its order. which: in words, which
+    mistakes these are, if not all.
     """
     n = len(mistakes.index)
     title = f"{n:,} of {len(split):,} misclassified ({100 * n / len(split):.1f} %): {split.source}"
+    if which:
+        title = f"{which}, {n:,} image{'s' if n != 1 else ''}: {split.source}"
     figure, axes = _bars_grid(rows, columns, title, caption=0.36)
     for (ax, beside), index, probabilities in zip(axes, *mistakes, strict=False):
         likeliest, actual = np.argsort(-probabilities, kind="stable")[:3], split.labels[index]
@@ -260,7 +264,8 @@ def plot_predictions(predictions, source, columns=4):
     for (ax, beside), (source, image, classes, probabilities) in zip(axes, predictions, strict=False):
         _show_image(ax, image)
         name = Path(source).name
-        ax.set_title(name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}", fontsize=9, pad=3, loc="left")
+        name = name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}"
+        ax.set_title(name, fontsize=9, pad=3, loc="left", parse_math=False)
         _show_bars(beside, [f"{name} {100 * p:.0f} %" for name, p in zip(classes, probabilities, strict=True)],
                    probabilities, [SKY] * len(classes))  # fmt: skip
     return figure

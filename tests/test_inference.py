@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from networks import Linear, small_network
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cifar10 import CLASSES
 from inference import export_onnx, predict
@@ -77,10 +77,19 @@ def test_transparent_is_white(photo):
     see_through = photo.convert("RGBA")
     see_through.putalpha(Image.new("L", photo.size, 0))
     assert (seen(encoded(see_through)) == 255).all()
+    see_through.putalpha(Image.new("L", photo.size, 128))
+    assert np.abs(seen(see_through)[4, 4] - (252, 127, 127)).max() <= 2
     palette = Image.new("P", (32, 32), 0)
     palette.putpalette([200, 0, 0])
     assert (seen(encoded(palette, transparency=0)) == 255).all()
     assert (seen(encoded(palette)) == (200, 0, 0)).all()
+
+
+def test_damaged_exif_data_are_no_reason_to_refuse_an_image(photo):
+    damaged = encoded(photo, exif=b"garbage!")
+    with pytest.raises(SyntaxError, match="not a TIFF file"):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(damaged)))
+    assert np.array_equal(seen(damaged), seen(photo))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -89,6 +98,13 @@ def test_exif_orientation_is_followed(photo, form):
     exif[0x0112] = 6  # to be turned a quarter to the right
     turned = seen(encoded(photo, form, exif=exif))
     assert np.abs(turned[4, 28] - (250, 0, 0)).max() < 30 and np.abs(turned[4, 4] - (0, 0, 250)).max() < 30
+
+
+def test_an_oblong_image_is_cut_about_its_middle():
+    thirds = np.zeros((32, 96, 3), np.uint8)
+    thirds[:, :32, 0], thirds[:, 32:64, 1], thirds[:, 64:, 2] = 255, 255, 255
+    for pixels in (thirds, thirds.transpose(1, 0, 2)):
+        assert (seen(pixels) == (0, 255, 0)).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1000), (1000, 3), (2000, 1500)])
@@ -106,6 +122,8 @@ def test_a_folder_is_classified_in_the_order_of_its_names(tmp_path, synthetic):
     for name, image in zip(("b.png", "a.PNG", "c.bmp"), images, strict=True):
         Image.fromarray(image).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._a.png").write_text("what macOS leaves behind")
+    (tmp_path / "album.jpg").mkdir()
     predictions = predict(Linear(), tmp_path, k=1, device="cpu")
     assert [os.path.basename(p.source) for p in predictions] == ["a.PNG", "b.png", "c.bmp"]
     for prediction, image in zip(predictions, images[[1, 0, 2]], strict=True):
@@ -159,6 +177,12 @@ def test_bad_input_damaged_file_in_a_folder_is_named(photo, tmp_path):
         predict(Linear(), tmp_path, device="cpu")
 
 
+def test_bad_input_damaged_file_that_pillow_has_opened(photo, tmp_path):
+    (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
+    with Image.open(tmp_path / "half.png") as opened, pytest.raises(ValueError, match="RGB' cannot be read"):
+        predict(Linear(), opened, device="cpu")
+
+
 def test_bad_input_paths_and_kinds(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no image 'nowhere\.png'"):
         predict(Linear(), "nowhere.png", device="cpu")
@@ -204,6 +228,13 @@ def test_the_exported_graph_says_the_same_as_the_network(tmp_path, synthetic):
     graph = onnx.load(path)
     assert "includes the normalisation" in graph.doc_string
     assert {entry.key: entry.value for entry in graph.metadata_props}["classes"] == ",".join(CLASSES)
+
+
+def test_bad_input_export_with_names_that_do_not_fit(tmp_path):
+    pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="names are 2, and the network has 10 outputs"):
+        export_onnx(small_network(), tmp_path / "network.onnx", names=("cat", "dog"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_names_what_is_missing(monkeypatch, tmp_path):

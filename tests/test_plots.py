@@ -192,6 +192,11 @@ def test_the_actual_class_has_another_colour_among_the_likeliest(split):
     assert first == third != second
 
 
+def test_misclassified_grid_of_some_says_which(split, mistakes):
+    figure = plots.plot_misclassified(split, mistakes, which="cat taken for dog")
+    assert title(figure) == f"cat taken for dog, 3 images: {split.source}"
+
+
 def test_misclassified_grid_without_mistakes(split):
     none = Misclassified(np.array([], int), np.zeros((0, 10)))
     figure = plots.plot_misclassified(split, none)
@@ -204,6 +209,9 @@ def test_training_shows_gap_rate_and_seconds():
     assert list(rate.lines[0].get_ydata()) == HISTORY["lr"] and list(seconds.lines[0].get_ydata()) == HISTORY["seconds"]
     assert seconds.get_ylim()[0] == 0  # a constant is drawn as one
     plots.plot_training({name: [] for name in HISTORY}, "source")
+    gap = plots.plot_training({**HISTORY, "train_accuracy": [30.0, 50.0, 60.0]}, "source").axes[0]
+    low, high = gap.get_ylim()
+    assert low < -20 and high >= 0  # test above training, as in early epochs
 
 
 def test_confusion_shows_percent_of_each_row_and_the_pairs(split, logits):
@@ -235,6 +243,11 @@ def test_class_accuracy_shows_every_class_with_its_interval(split, logits):
     ]
 
 
+def test_class_accuracy_leaves_out_an_absent_class():
+    (ax,) = plots.plot_class_accuracy(class_accuracy(np.array([[3, 1], [0, 0]])), "source").axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["airplane  75.0"]
+
+
 def test_calibration_shows_the_filled_bins_and_the_error(split, logits):
     result = calibration(logits, split.labels, bins=10)
     assert (result.count == 0).any()
@@ -260,13 +273,13 @@ def test_grad_cam_shows_right_beside_wrong(cams):
 
 
 def test_predictions_show_each_image_with_its_classes(split):
-    name = "a very long name of a file indeed.jpg"
+    name = "a $very_long$ name of a file indeed.jpg"
     predictions = [
         Prediction("folder/one.png", split.images[0], ["cat", "dog"], [0.8, 0.15]),
         Prediction(name, split.images[1], ["ship", "frog"], [0.6, 0.4]),
     ]
     figure = plots.plot_predictions(predictions, "my photos")
     assert title(figure) == "What the network takes these for: my photos"
-    assert [ax.get_title(loc="left") for ax in figure.axes[:4:2]] == ["one.png", "a very lon… indeed.jpg"]
+    assert [ax.get_title(loc="left") for ax in figure.axes[:4:2]] == ["one.png", "a $very_lo… indeed.jpg"]
     assert bars(figure.axes[1]) == [("cat 80 %", 0.8), ("dog 15 %", 0.15)]
     assert all(map(np.array_equal, shown(figure), split.images[:2]))

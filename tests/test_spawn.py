@@ -45,7 +45,9 @@ def test_spawned_workers_give_the_same_result_in_a_folder_with_blanks_and_umlaut
     class_folders(project / "Bilder für später", per_train=6, per_test=2)
     (project / "run it.py").write_text(PROGRAM, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "run it.py"], cwd=project, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "run it.py"], cwd=project, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     here, spawned = json.loads((project / "Ergebnis ü.json").read_text())
     assert here == spawned and len(here["test_accuracy"]) == 2
