@@ -1,4 +1,4 @@
-"""The network: a small CNN for 32 by 32 images."""
+"""The network: AdvancedCNN (hence the file's name), a small CNN for 32 by 32 images."""
 
 from itertools import pairwise
 
@@ -35,8 +35,8 @@ class AdvancedCNN(nn.Module):
     - Each block is convolution, max-pooling, batch norm and GELU, and then two more convolutions beside a shortcut
       (He et al. 2015, arXiv:1512.03385). The pooling comes straight after the first convolution, so that everything
       behind it sees a quarter of the pixels; the others work on what the pooling kept.
-    - These convolutions begin as the identity on as many channels as come in, and random on the rest: at first, the
-      image passes through the network as it is. (The shape of the network, whitening and identity are those of
+    - These convolutions begin as the identity on as many channels as come in (Dirac initialisation), and random on the
+      rest: at first, each passes on what it receives. (The shape of the network, whitening and identity are those of
       Jordan 2024, arXiv:2404.00498; sizes, the whitening's basis, head and training are others.)
     - Width grows where pixels are few: a weight in block 3 is used on a twentieth of the positions of one in block 1.
       A 3 by 3 grid is left, of which each position sees (nearly) the whole image.
