@@ -1,5 +1,6 @@
 """README.md says what the records in results/ say, and nothing else."""
 
+import json
 import re
 from dataclasses import asdict
 
@@ -7,7 +8,10 @@ import build
 import pytest
 from PIL import Image
 
+from analysis import collect_logits
+from checkpoint import load_model
 from config import Config
+from model_AC import AdvancedCNN
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +99,20 @@ def test_benchmark_table_shows_the_record():
         "`python benchmarks/clock.py` on a machine, PyTorch 9.9 (rounds 3; images 100, 2,000; peak (GB): 1.5):\n\n"
         "| way | ms |\n| ---: | ---: |\n| ours | 1.23 |\n"
     )
+
+
+@pytest.mark.parametrize("path", sorted(build.RESULTS.glob("*.pt")), ids=lambda path: path.stem)
+def test_published_weights_are_those_of_the_record(path, real_splits):
+    assert path.stat().st_size < 5e6
+    record, model = json.loads(path.with_suffix(".json").read_text()), AdvancedCNN()
+    about = load_model(path, model)
+    last = {name: values[-1] for name, values in record["history"].items()}
+    assert about["metrics"] == last and about["config"] == record["config"]
+    logits = collect_logits(model, real_splits[1], Config(precision="float32"), "cpu")
+    accuracy = 100 * (logits.argmax(1).numpy() == real_splits[1].labels).mean()
+    assert accuracy == pytest.approx(last["test_accuracy"], abs=0.05)  # mixed precision, if it was used, rounds
+
+
+def test_weights_named_in_the_readme_are_there():
+    named = re.findall(r"results/\S+\.pt", (build.ROOT / "README.md").read_text())
+    assert named and all((build.ROOT / name).is_file() for name in named)
