@@ -114,5 +114,5 @@ def test_published_weights_are_those_of_the_record(path, real_splits):
 
 
 def test_weights_named_in_the_readme_are_there():
-    named = re.findall(r"results/\S+\.pt", (build.ROOT / "README.md").read_text())
-    assert named and all((build.ROOT / name).is_file() for name in named)
+    named = re.findall(r"results/\S+\.pt", build.README.read_text(encoding="utf-8"))
+    assert named and all((build.README.parent / name).is_file() for name in named)

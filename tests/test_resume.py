@@ -152,10 +152,10 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
     elif what == "augmentation":
         centre = utils.test_transforms
         monkeypatch.setattr(utils, "train_transforms", lambda cutout: centre())
-        named = r"augmentation was .*RandomCrop.* and is 'pad 4, Compose"
+        named = "augmentation was .*RandomCrop.* and is .pad 4, Compose"
     elif what == "padding":
         monkeypatch.setattr(utils, "PADDING", 2)
-        named = "augmentation was 'pad 4, .* and is 'pad 2, "
+        named = "augmentation was .pad 4, .* and is .pad 2, "
     elif what == "optimizer":
         monkeypatch.setattr(utils, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
         named = "code of make_optimizer was"
