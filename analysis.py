@@ -157,14 +157,15 @@ def _probabilities(logits, labels):
 
 
 @torch.enable_grad()
-def grad_cam(model, images, classes=None, device=None, grid=6):
+def grad_cam(model, images, classes=None, device=None, grid=3):
     """Grad-CAM: where in an image the evidence for a class lies (Selvaraju et al. 2017, arXiv:1610.02391).
 
-    The channels of the last feature map that is at least `grid` pixels wide (coarser ones show nothing), each weighted
-    by the mean gradient of the class's score, are summed, cut off below 0, and enlarged to the image. That map is what
-    a module returns that is no convolution: a constant added to a convolution's output changes the sum, though a batch
-    norm behind it takes it away again. The score is what the last dense layer returns, if it is one number a class:
-    the gradient of a log-probability close to 0 would vanish.
+    The channels of the last feature map that is at least `grid` pixels wide, each weighted by the mean gradient of the
+    class's score, are summed, cut off below 0, and enlarged to the image. That map is what a module returns that is
+    no convolution: a constant added to a convolution's output changes the sum, though a batch norm behind it takes it
+    away again. Earlier maps, of a larger `grid`, are finer, and say less of what decided: later layers still judge
+    them. The score is what the last dense layer returns, if it is one number a class: the gradient of a
+    log-probability close to 0 would vanish.
 
     images: uint8 (B, 32, 32, 3). classes: int64 (B,), which class to explain; the predicted one when None. Returns
     float32 (B, 32, 32): each map from 0 to 1, or all 0 where nothing speaks for the class. The model is left in

@@ -169,18 +169,18 @@ def test_grad_cam_lights_up_what_the_class_was_predicted_from():
     assert second[21, 21] == second.max() == 1 and second[:16, :16].max() == 0
 
 
-def test_grad_cam_agrees_with_the_formula():
+@pytest.mark.parametrize("grid, blocks, width", [(3, 3, 3), (6, 2, 7)])
+def test_grad_cam_agrees_with_the_formula(grid, blocks, width):
     """The channels' weights are the mean gradients of the score, here by finite differences of the tail."""
     model = small_network().eval()
     images = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
-    cam = grad_cam(model, images, classes=[4], device="cpu")[0]
+    cam = grad_cam(model, images, classes=[4], device="cpu", grid=grid)[0]
     model.double()
     with torch.no_grad():
-        # 7 by 7: the last that is wide enough
-        feature = model.blocks[:2](model.stem(normalize(torch.from_numpy(images), CPU).double()))
+        feature = model.blocks[:blocks](model.stem(normalize(torch.from_numpy(images), CPU).double()))
 
         def score(feature):
-            return model.dense(model.blocks[2](feature).mean((2, 3)))[:, 4]
+            return model.dense(model.blocks[blocks:](feature).mean((2, 3)))[:, 4]
 
         step, channels = 1e-3, feature.shape[1]
         gradients = torch.zeros(channels)
@@ -190,7 +190,7 @@ def test_grad_cam_agrees_with_the_formula():
             gradients[channel] = ((score(feature + shift) - score(feature - shift)) / (2 * step)).item()
         expected = (gradients[None, :, None, None] * feature).sum(1, keepdim=True).relu()
     large = nn.functional.interpolate(expected, 32, mode="bilinear")[0, 0]
-    assert expected.shape[-1] == 7 and large.max() > 0
+    assert expected.shape[-1] == width and large.max() > 0
     np.testing.assert_allclose(cam, large / large.max(), atol=0.02)
 
 
@@ -222,7 +222,7 @@ def test_grad_cam_of_a_network_without_a_dense_layer(synthetic):
 
 
 def test_bad_input_grad_cam_without_a_map():
-    with pytest.raises(ValueError, match="grid is 6, and Linear has no module that returns maps at least that wide"):
+    with pytest.raises(ValueError, match="grid is 3, and Linear has no module that returns maps at least that wide"):
         grad_cam(Linear(), np.zeros((1, 32, 32, 3), np.uint8), device="cpu")
 
 
