@@ -60,7 +60,7 @@ def collect_logits(model, split, config=None, device=None):
     device = get_device(device)
     model.to(device, memory_format=torch.channels_last).eval()
     outputs = []
-    for images, _ in make_loader(split, 500, train=False):
+    for images, _ in make_loader(split, 500, train=False, device=device):
         with autocast(config or Config(), device):
             outputs.append(model(normalize(images, device)).float())
     return torch.cat(outputs).cpu()

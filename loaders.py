@@ -108,21 +108,23 @@ def _init_worker(_):
     cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers
 
 
-def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transform=None):
+def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transform=None, device=None):
     """Make the loader of a split: yields (images uint8 (B, 32, 32, 3), labels int64 (B,)), the last batch partial.
 
     train: pad by 4 pixels, shuffle, and apply `train_transforms()`; else keep the order and apply
     `test_transforms()`. transform: another albumentations pipeline instead. The batches depend on `seed` and on the
-    epoch given to the loader's `set_epoch(n)`, not on num_workers, whose default is up to 4 for training where
-    there is a GPU and else 0: on a CPU the cores that would load are the ones that train.
+    epoch given to the loader's `set_epoch(n)`, not on num_workers, whose default is up to 4 for training on a CUDA
+    device and else 0: on a CPU the cores that would load are the ones that train. device: the torch.device that the
+    batches are for; CUDA, where it is to be had, when None.
 
     Raises ValueError for a batch size below 1 or a negative number of workers, TypeError for a transform that is
     not albumentations'; and, on iteration, ValueError for one that does not return uint8 (32, 32, 3).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1, for instance 128")
+    cuda = device.type == "cuda" if device else torch.cuda.is_available()
     if num_workers is None:
-        num_workers = min(4, os.cpu_count() or 1) if train and torch.cuda.is_available() else 0
+        num_workers = min(4, os.cpu_count() or 1) if train and cuda else 0
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}; expected 0 (load in this process) or more")
     if transform is None:
@@ -136,7 +138,7 @@ def make_loader(split, batch_size, train=True, seed=0, num_workers=None, transfo
         num_workers=num_workers,
         worker_init_fn=_init_worker,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=cuda,
         # A generator of its own: else each epoch would draw from the global one, which dropout uses.
         generator=torch.Generator(),
     )

@@ -220,14 +220,11 @@ class Run:
     """What training needs and changes as it goes, made from the recipe; its state can be saved and restored."""
 
     def __init__(self, model, train_split, test_split, config, device, num_workers=None):
-        if num_workers is None and device.type != "cuda":
-            num_workers = 0
         model.to(device, memory_format=torch.channels_last)
         self.model, self.config, self.device = model, config, device
-        self.train_loader = make_loader(
-            train_split, config.batch_size_on(device), True, config.seed, num_workers, train_transforms(config.cutout)
-        )
-        self.test_loader = make_loader(test_split, 500, train=False)
+        batch_size, transform = config.batch_size_on(device), train_transforms(config.cutout)
+        self.train_loader = make_loader(train_split, batch_size, True, config.seed, num_workers, transform, device)
+        self.test_loader = make_loader(test_split, 500, train=False, device=device)
         self.optimizer = make_optimizer(model, config)
         self.scaler = make_scaler(config, device)
         self.epoch, self.progress, self.bars = 0, Progress(), []

@@ -145,6 +145,16 @@ def test_a_spawned_worker_can_be_given_the_augmented_batches():
     assert torch.equal(copy[np.arange(10), 7][0], dataset[np.arange(10), 7][0])
 
 
+@pytest.mark.parametrize(
+    "device, gpu, workers", [(None, True, 4), (None, False, 0), ("cpu", True, 0), ("cuda", True, 4)]
+)
+def test_workers_and_pinned_memory_are_for_cuda(monkeypatch, device, gpu, workers):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    loader = make_loader(synthetic_cifar10(20, 10)[0], 10, device=device and torch.device(device))
+    assert (loader.num_workers, loader.pin_memory) == (workers, workers > 0)
+
+
 def test_the_loader_leaves_the_global_random_state_alone():
     # Dropout draws from it: it must not depend on how batches are loaded.
     torch.manual_seed(3)
