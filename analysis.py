@@ -1,5 +1,6 @@
 """Why the network errs: its outputs on a whole split, and what they say of classes, confidence and single images."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +157,10 @@ def _probabilities(logits, labels):
 # -- where the network looks ---------------------------------------------------------------------------------------
 
 
+class NoFeatureMap(ValueError):
+    """The network keeps no map of an image's places that Grad-CAM could explain."""
+
+
 @torch.enable_grad()
 def grad_cam(model, images, classes=None, device=None, grid=3):
     """Grad-CAM: where in an image the evidence for a class lies (Selvaraju et al. 2017, arXiv:1610.02391).
@@ -169,7 +174,7 @@ def grad_cam(model, images, classes=None, device=None, grid=3):
 
     images: uint8 (B, 32, 32, 3). classes: int64 (B,), which class to explain; the predicted one when None. Returns
     float32 (B, 32, 32): each map from 0 to 1, or all 0 where nothing speaks for the class. The model is left in
-    evaluation mode on the device, its gradients as they were. Raises ValueError for a model without such a map.
+    evaluation mode on the device, its gradients as they were. Raises NoFeatureMap for a model without such a map.
     """
     device = get_device(device)
     model.to(device, memory_format=torch.channels_last).eval()
@@ -189,7 +194,7 @@ def grad_cam(model, images, classes=None, device=None, grid=3):
             hook.remove()
     maps = [feature for feature in maps if feature.shape[-1] >= grid]
     if not maps:
-        raise ValueError(
+        raise NoFeatureMap(
             f"grid is {grid}, and {type(model).__name__} has no module that returns maps at least that wide (a "
             "convolution's own output is not taken): ask for a smaller grid, or for another network"
         )
@@ -226,7 +231,7 @@ def grad_cam_pairs(model, split, logits, n=4, device=None, names=CLASSES):
     the image of its class that was recognised with the confidence nearest to the mistake's.
 
     logits: float (N, C), of `collect_logits` for the same split. Returns a list of `CamPair`, shorter where fewer
-    classes have both.
+    classes have both, and empty, with a warning, for a network that has no feature maps.
     """
     labels = split.labels
     probabilities = _probabilities(logits, labels)
@@ -241,8 +246,12 @@ def grad_cam_pairs(model, split, logits, n=4, device=None, names=CLASSES):
     if not pairs:
         return []
     right, wrong = map(np.array, zip(*pairs.values(), strict=True))
-    cams = [grad_cam(model, split.images[index], classes[index], device)
-            for index, classes in ((right, given), (wrong, given), (wrong, labels))]  # fmt: skip
+    try:
+        cams = [grad_cam(model, split.images[index], classes[index], device)
+                for index, classes in ((right, given), (wrong, given), (wrong, labels))]  # fmt: skip
+    except NoFeatureMap as error:
+        warnings.warn(f"no Grad-CAM: {error}", stacklevel=2)
+        return []
     return [
         CamPair(names[labels[w]], names[given[w]], split.images[r], right_cam, float(confidence[r]),
                 split.images[w], wrong_cam, missed_cam, float(confidence[w]))

@@ -20,6 +20,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def capture(model, optimizer, scaler):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict()["state"],  # its settings follow from the recipe and the device
         "scaler": scaler.state_dict(),
-        "random": {name: module.get_rng_state() for name, module in _random_states(device).items()},
+        "random": {name: get() for name, (get, _) in _random_states(device).items()},
     }
 
 
@@ -118,13 +119,18 @@ def restore(state, model, optimizer, scaler):
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    for name, module in _random_states(device).items():
+    for name, (_, put) in _random_states(device).items():
         if name in state["random"]:
-            module.set_rng_state(state["random"][name])
+            put(state["random"][name])
 
 
 def _random_states(device):
-    return {"cpu": torch, **({device.type: getattr(torch, device.type)} if device.type in ("cuda", "mps") else {})}
+    states = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    if device.type == "cuda":  # that of the GPU in use, not of the first
+        states["cuda"] = partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state, torch.mps.set_rng_state
+    return states
 
 
 def save_checkpoint(folder, state):
@@ -192,9 +198,10 @@ def _differences(then, now):
 def identify_run(model, train_split, test_split, config, device, augmentation, functions):
     """What decides a run's result: a dict of plain values, equal for equal runs.
 
-    The configuration and the batch size it comes to on the device, the network (its class, its layers, its code and
-    that of the module it stands in), the data (a SHA-256 of images and labels, in their order), the augmentation (as
-    text), and the code of the schedule and of `functions`: those that make the optimizer, normalise and take a step.
+    The configuration and the batch size it comes to on the device, the network (its class, its layers, the code of its
+    classes and of the files they stand in), the data (a SHA-256 of images and labels, in their order), the
+    augmentation (as text), and the code of the schedule and of `functions`: those that make the optimizer,
+    normalise and take a step.
     """
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -202,7 +209,7 @@ def identify_run(model, train_split, test_split, config, device, augmentation, f
         "config": asdict(config),
         "batch_size": config.batch_size_on(torch.device(device)),
         "network": f"{type(model).__name__}, {parameters:,} parameters, layers {_hash(f'{model!r} {shapes}')}",
-        "network's code": _hash(_source(type(model)) + _source(inspect.getmodule(type(model)))),
+        "network's code": _hash(_network_source(model)),
         "data": data_fingerprint(train_split, test_split),
         "augmentation": augmentation,
         "schedule's code": _hash(_source(type(config).lr_at)),
@@ -215,6 +222,16 @@ def _source(thing):
         return inspect.getsource(thing)
     except (OSError, TypeError):  # defined where no file holds its text
         return ""
+
+
+def _network_source(model):
+    """The text of the network's classes and of the files they stand in, PyTorch's own left out."""
+    classes = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    texts = {_source(inspect.getmodule(cls)) for cls in classes}
+    for cls in classes:
+        # A class made in a notebook's cell has a text only method by method.
+        texts.add(_source(cls) or "".join(map(_source, filter(inspect.isfunction, vars(cls).values()))))
+    return "".join(sorted(texts))
 
 
 def _hash(text):

@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DATASET = "CIFAR-10"  # what titles and records call the images in class folders
 
 # Per-channel mean and standard deviation of the 50,000 training images, scaled to [0, 1]. (The often copied
 # 0.2023 0.1994 0.2010 is the mean of the standard deviations of single images, which is something else.)
@@ -214,7 +215,7 @@ def _load_folder(root):
         files, read, source = [root / ARCHIVE], _read_archive, "CIFAR-10, official archive"
     elif (root / "train").is_dir() or (root / "test").is_dir():
         files = [entry for entries in _class_folder_files(root).values() for entry in entries]
-        read, source = _read_class_folders, "CIFAR-10, class folders"
+        read, source = _read_class_folders, f"{DATASET}, class folders"
     else:
         return None
     fingerprint = _fingerprint(root, files)
@@ -224,7 +225,7 @@ def _load_folder(root):
         _write_cache(root, fingerprint, arrays)
     counts = len(arrays["train_labels"]), len(arrays["test_labels"])
     if counts != (50_000, 10_000):
-        source += f", but only {counts[0]:,} + {counts[1]:,} images"
+        source += f", but {counts[0]:,} + {counts[1]:,} images"
     return (
         Split(arrays["train_images"], arrays["train_labels"], source),
         Split(arrays["test_images"], arrays["test_labels"], source),

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+RECIPES = ("default", "one_cycle")
+
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the recipe. The defaults are the seed project's; `Config.one_cycle()` is the second recipe.
+    """Every number of the recipe. The defaults are plain SGD at a constant rate; `Config.one_cycle()` is the second
+    recipe.
 
     batch_size: None is 128 on an accelerator and 64 on a CPU. lr: the rate, or the peak of the "one_cycle" schedule,
     which rises linearly over the fraction `warmup` of training and then falls linearly to 0. weight_decay: on
@@ -78,10 +81,9 @@ class Config:
     @classmethod
     def named(cls, recipe, **changes):
         """The recipe called "default" or "one_cycle", with `changes`. Raises ValueError for another name."""
-        recipes = {"default": cls, "one_cycle": cls.one_cycle}
-        if recipe not in recipes:
-            raise ValueError(f"recipe is {recipe!r}; expected one of {', '.join(map(repr, recipes))}")
-        return recipes[recipe](**changes)
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe is {recipe!r}; expected one of {', '.join(map(repr, RECIPES))}")
+        return cls(**changes) if recipe == "default" else getattr(cls, recipe)(**changes)
 
     def batch_size_on(self, device):
         """The batch size that the recipe comes to on `device`, a torch.device."""

@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
     probabilities: list[float]
 
 
-def predict(model, image, k=3, device=None, names=CLASSES):
+def predict(model, image, k=None, device=None, names=CLASSES):
     """Classify an image, or all images of a folder. The network answers with the likeliest of its classes, also where
     an image shows none of them.
 
@@ -43,11 +43,12 @@ def predict(model, image, k=3, device=None, names=CLASSES):
     or (H, W, 4), uint8 or float from 0 to 1. Any size and mode: it is turned as its EXIF data say, laid on white
     where it is transparent, made RGB, cut to a square about its middle, and scaled to 32 by 32 pixels.
 
-    Returns a list of `Prediction` with the k likeliest classes each: one, or one for each file of the folder that is
-    named like an image, in the order of their names. Raises FileNotFoundError for a file that is not there;
-    ValueError for what is no image, is damaged, or has more pixels than Pillow deems safe (about 89 million), for a
-    folder without images, and for k out of range; TypeError for anything else.
+    Returns a list of `Prediction` with the k likeliest classes each (3, or all of fewer, when None): one, or one for
+    each file of the folder that is named like an image, in the order of their names. Raises FileNotFoundError for a
+    file that is not there; ValueError for what is no image, is damaged, or has more pixels than Pillow deems safe
+    (about 89 million), for a folder without images, and for k out of range; TypeError for anything else.
     """
+    k = min(3, len(names)) if k is None else k
     if not 1 <= k <= len(names):
         raise ValueError(f"k is {k}; expected 1 to {len(names)}, the number of classes")
     things = [image]

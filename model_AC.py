@@ -40,7 +40,7 @@ class AdvancedCNN(nn.Module):
       Jordan 2024, arXiv:2404.00498; sizes, the whitening's basis, head and training are others.)
     - Width grows where pixels are few: a weight in block 3 is used on a twentieth of the positions of one in block 1.
       A 3 by 3 grid is left, of which each position sees (nearly) the whole image.
-    - Batch norm takes the place of the convolutions' biases, and keeps the scale of what each layer receives.
+    - Batch norm takes the place of the blocks' biases, and keeps the scale of what each layer receives.
     - Global average pooling makes the head small and indifferent to position.
     - Dropout before the dense layer, and of whole channels after each block (Tompson et al. 2015, arXiv:1411.4280),
       makes it harder to learn the training images by heart.

@@ -14,9 +14,10 @@ from cifar10 import CLASSES
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
 
 
-def _image_grid(rows, columns, title, size=0.95, caption=0.22):
+def _image_grid(rows, columns, title, size, caption):
     """A Figure at notebook width with rows x columns axes for images, their captions above them."""
-    figure = Figure(figsize=(columns * size, rows * (size + caption) + 0.4), layout="constrained")
+    width = max(columns * size, 6)  # room for the title
+    figure = Figure(figsize=(width, rows * (size + caption) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -32,7 +33,8 @@ def _show_image(ax, image, caption=""):
 def plot_samples(split, rows=4, seed=0):
     """Samples of each class: one column a class, `rows` random images in each, class names on top."""
     rng = np.random.default_rng(seed)
-    figure, axes = _image_grid(rows, len(CLASSES), f"Samples of each class: {split.source}", caption=0.1)
+    title, size = f"Samples of each class: {split.source}", min(0.95, 9.5 / len(CLASSES))
+    figure, axes = _image_grid(rows, len(CLASSES), title, size, caption=0.1)
     for column, name in enumerate(CLASSES):
         members = rng.permutation(np.flatnonzero(split.labels == column))[:rows]
         for row, index in enumerate(members):
@@ -55,7 +57,7 @@ def plot_augmentations(image, draws, source):
 
 
 def _plot_curves(curves, title, ylabel):
-    """Curves over epochs, {label: (values, colour, format)}, each labelled with its final value where it ends."""
+    """Curves over epochs, {label: (values, colour, format)}, their final values marked, and named in the legend."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
     for label, (values, color, form) in curves.items():
@@ -112,6 +114,7 @@ def plot_lr_range(result, source):
     label = f"suggested peak: {result.suggestion:.2g}"
     ax.axvline(result.suggestion, color=ORANGE, linestyle="--", linewidth=2, label=label)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")  # the exponents of powers of ten would be too small to read
     low, high = min(result.loss), result.loss[0]
     ax.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low) + 0.1)
     ax.set_title(f"Learning rate range test: {source}", fontsize=12)
@@ -135,7 +138,7 @@ def plot_training(history, source):
     }
     for ax, (title, (values, color)) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         ax.plot(np.arange(1, len(values) + 1), values, color=color, marker="o", markersize=3)
-        ax.set_title(title, fontsize=10)
+        ax.set_ylabel(title)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
@@ -206,6 +209,7 @@ def plot_calibration(result, source):
     ax.legend()
     below.bar(100 * centres, result.count, width=90 / len(centres), color=ORANGE)
     below.set_yscale("log")
+    below.yaxis.set_major_formatter("{x:,.0f}")
     below.set_ylim(bottom=0.8)
     below.set_ylabel("images")
     below.set_xlabel("confidence: probability of the predicted class (%)")
@@ -223,18 +227,18 @@ def _bars_grid(rows, columns, title, caption):
     return figure, axes.reshape(-1, 2)
 
 
-def _show_bars(ax, names, probabilities, colors):
-    """The likeliest classes as bars, the likeliest on top, their names on them."""
+def _show_bars(ax, names, probabilities, colors, marked=None):
+    """The likeliest classes as bars, the likeliest on top, their names on them, the one `marked` in bold."""
     ax.barh(range(len(names)), probabilities, color=colors, height=0.85)
     for place, name in enumerate(names):
-        ax.text(0.03, place, name, va="center", fontsize=9)
+        ax.text(0.03, place, name, va="center", fontsize=9, fontweight="bold" if name == marked else "normal")
     ax.set_xlim(0, 1)
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 
 def plot_misclassified(split, mistakes, rows=4, columns=4, which=None, names=CLASSES):
     """A grid of misclassified images with predicted label, its probability and actual label; beside each the three
-    likeliest classes as bars, the actual one in another colour.
+    likeliest classes as bars, the actual one in bold and in another colour.
 
     mistakes: what `analysis.misclassified` returns for the same split, shown in its order. which: in words, which
     mistakes these are, if not all.
@@ -250,7 +254,7 @@ def plot_misclassified(split, mistakes, rows=4, columns=4, which=None, names=CLA
         _show_image(ax, split.images[index])
         ax.set_title(caption, fontsize=9, pad=3, loc="left")
         colors = [SKY if i == actual else ORANGE for i in likeliest]
-        _show_bars(beside, [names[i] for i in likeliest], probabilities[likeliest], colors)
+        _show_bars(beside, [names[i] for i in likeliest], probabilities[likeliest], colors, marked=names[actual])
     return figure
 
 

@@ -33,8 +33,8 @@ from checkpoint import (
     short_hash,
     write_record,
 )
-from cifar10 import CLASSES, MEAN, STD, load_cifar10, synthetic_cifar10, validation_split
-from config import Config, autocast, get_device, kernels, mixed_precision
+from cifar10 import CLASSES, MEAN, STD, load_cifar10, validation_split
+from config import RECIPES, Config, autocast, get_device, kernels, mixed_precision
 from loaders import PADDING, augment, make_loader, test_transforms, train_transforms
 from plots import (
     plot_accuracy,

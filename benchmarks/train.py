@@ -49,7 +49,7 @@ def run(network, config, train_split, test_split, device, runs):
 def main(results=ROOT / "results", runs=ROOT / "runs"):
     parser = make_parser(__doc__.splitlines()[0], epochs=40, batch_size=128, seeds=[0])
     parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("recipe", choices=("default", "one_cycle"))
+    parser.add_argument("recipe", choices=utils.RECIPES)
     parser.add_argument("--replace", action="store_true", help="publish in place of a record that is there already")
     options = parser.parse_args()
     splits = real_splits(options)
@@ -67,6 +67,8 @@ def main(results=ROOT / "results", runs=ROOT / "runs"):
             sys.exit("Interrupted: nothing is published. Run again to go on.")
         if published:
             shutil.copyfile(folder / "record.json", path)
+            if (weights := path.with_suffix(".pt")).exists():  # published with the record that is replaced
+                shutil.copyfile(folder / "model.pt", weights)
         print(f"Record: {path if published else folder / 'record.json'}")
 
 

@@ -253,6 +253,12 @@ def test_grad_cam_pairs_are_of_one_class_once_right_and_once_wrong(synthetic):
     assert sum(pair.right_cam.any() + pair.wrong_cam.any() + pair.missed_cam.any() for pair in pairs) >= 3
 
 
+def test_grad_cam_pairs_of_a_network_without_maps(synthetic):
+    logits = outputs(*({(int(label) + index % 2) % 10: 0.9} for index, label in enumerate(synthetic[1].labels)))
+    with pytest.warns(UserWarning, match="no Grad-CAM: grid is 3, and Linear has no module"):
+        assert grad_cam_pairs(Linear(), synthetic[1], logits, device="cpu") == []
+
+
 def test_grad_cam_pairs_without_mistakes(synthetic):
     logits = outputs(*[{label: 0.9} for label in synthetic[1].labels.tolist()])
     assert grad_cam_pairs(small_network(), synthetic[1], logits, device="cpu") == []

@@ -274,7 +274,10 @@ def test_a_run_leaves_record_and_weights_and_only_a_whole_one_is_published(publi
     with pytest.raises(SystemExit, match=r"There is a record already: .*seed4_cpu\.json.*--replace"):
         publish("--epochs", 1, "--seeds", 5, 4)
     assert len(list((tmp_path / "runs").iterdir())) == 2  # refused before any work
+    weights = tmp_path / "ResNet20_one_cycle_seed4_cpu.pt"
+    weights.write_bytes(b"published with the record before")
     assert len(publish("--epochs", 1, "--seeds", 4, "--replace")) == 2
+    assert load_model(weights, ResNet20())["config"]["seed"] == 4 and len(list(tmp_path.glob("*.pt"))) == 1
 
 
 def test_an_interrupted_run_is_not_published_and_ends_the_command(publish, tmp_path, monkeypatch, capsys):

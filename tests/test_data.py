@@ -37,7 +37,7 @@ def test_class_folders(folders):
     assert_same_images((train, test), expected)
     assert train.images.dtype == np.uint8 and train.images.shape == (20, 32, 32, 3)
     assert train.labels.dtype == np.int64 and train.labels.tolist() == sorted(train.labels.tolist())
-    assert train.source == "CIFAR-10, class folders, but only 20 + 10 images" and not train.synthetic
+    assert train.source == "CIFAR-10, class folders, but 20 + 10 images" and not train.synthetic
 
 
 def test_class_folders_of_jpeg_and_grey_images(tmp_path):

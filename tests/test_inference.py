@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import Linear, small_network
 from PIL import Image, ImageOps
+from torch import nn
 
 from cifar10 import CLASSES
 from inference import export_onnx, predict
@@ -192,6 +193,12 @@ def test_bad_input_paths_and_kinds(tmp_path):
         predict(Linear(), tmp_path, device="cpu")
     with pytest.raises(TypeError, match="image is a NoneType; expected a path, bytes, a PIL image or a NumPy array"):
         predict(Linear(), None, device="cpu")
+
+
+def test_three_classes_are_named_or_all_of_fewer(photo):
+    assert [len(prediction.classes) for prediction in predict(Linear(), photo, device="cpu")] == [3]
+    two = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    assert set(predict(two, photo, device="cpu", names=("left", "right"))[0].classes) == {"left", "right"}
 
 
 @pytest.mark.parametrize("k", [0, 11])

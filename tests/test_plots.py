@@ -74,6 +74,7 @@ def every_figure(split, mistakes, logits, cams):
         "misclassified": plots.plot_misclassified(split, mistakes),
         "Grad-CAM": plots.plot_grad_cam(cams, split.source),
         "calibration": plots.plot_calibration(calibration(logits, split.labels), split.source),
+        "predictions": plots.plot_predictions([Prediction("one.png", split.images[0], ["cat"], [0.8])], split.source),
     }
 
 
@@ -91,6 +92,7 @@ def test_every_figure_renders_at_notebook_width_with_legible_text(every_figure):
         assert 800 <= width <= 1000, name
         texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
         assert texts and all(text.get_fontsize() >= 9 for text in texts), name
+        assert not any("^{" in text.get_text() for text in texts), name  # an exponent is set smaller than its text
 
 
 def test_samples_show_each_class_under_its_name(split):
@@ -99,6 +101,13 @@ def test_samples_show_each_class_under_its_name(split):
     for column in range(10):
         of_class = {image.tobytes() for image in split.images[split.labels == column]}
         assert {ax.images[0].get_array().tobytes() for ax in axes[:, column]} <= of_class
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), tuple(map(str, range(20)))])
+def test_samples_of_other_classes_fit_the_notebook(names, split, monkeypatch):
+    monkeypatch.setattr(plots, "CLASSES", names)
+    width, height = plots.plot_samples(split).get_size_inches()
+    assert 6 <= width <= 9.5 and height <= 6
 
 
 def test_samples_of_a_class_with_few_images():
@@ -190,6 +199,7 @@ def test_the_actual_class_has_another_colour_among_the_likeliest(split):
     beside = plots.plot_misclassified(split, Misclassified(np.array([5]), probabilities)).axes[1]
     first, second, third = (bar.get_facecolor() for bar in beside.patches)
     assert first == third != second
+    assert [text.get_fontweight() for text in beside.texts] == ["normal", "bold", "normal"]
 
 
 def test_misclassified_grid_of_some_says_which(split, mistakes):
@@ -204,7 +214,9 @@ def test_misclassified_grid_without_mistakes(split):
 
 
 def test_training_shows_gap_rate_and_seconds():
-    gap, rate, seconds = plots.plot_training(HISTORY, "source").axes
+    gap, rate, seconds = axes = plots.plot_training(HISTORY, "source").axes
+    assert "points" in gap.get_ylabel() and "seconds" in seconds.get_ylabel()
+    assert {ax.get_xlabel() for ax in axes} == {"epoch"}
     assert list(gap.lines[0].get_ydata()) == [-10.0, -5.0, 1.75]
     assert list(rate.lines[0].get_ydata()) == HISTORY["lr"] and list(seconds.lines[0].get_ydata()) == HISTORY["seconds"]
     assert seconds.get_ylim()[0] == 0  # a constant is drawn as one

@@ -79,6 +79,12 @@ def test_leads_are_taken_between_runs_that_belong_together():
     assert build.leads(records, "one_cycle") == []
 
 
+@pytest.mark.parametrize("ours, words", [(91.0, "0.50 points ahead of ResNet20"), (90.0, "0.50 points behind ResNet20")])
+def test_the_lead_is_told_in_words(ours, words):
+    section = build.results_section({"a": made_up("AdvancedCNN", 0, ours), "b": made_up("ResNet20", 0, 90.5)})
+    assert f"Recipe `default`: AdvancedCNN is {words}, with the same seeds" in section
+
+
 def test_table_has_mean_and_spread_over_seeds():
     runs = {str(seed): made_up("AdvancedCNN", seed, accuracy) for seed, accuracy in enumerate((90.0, 91.0, 92.0))}
     (row,) = build.accuracy_table(runs).splitlines()[2:]

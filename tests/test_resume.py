@@ -1,8 +1,10 @@
 """A run that was ended goes on as if nothing had happened; and what else is kept of a run."""
 
+import linecache
 import re
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +205,39 @@ def test_run_folder_is_named_after_configuration_network_and_data(synthetic):
     others = [name(lr=0.02), name(epochs=3), name(Interrupted(dropout=0.2)), name(AdvancedCNN()),
               name(splits=synthetic_cifar10(300, 99))]  # fmt: skip
     assert len({name(), *others}) == 6
+
+
+CELL = """
+class Block(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).BLOCK()
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block(3, 10, 3)
+
+    def forward(self, x):
+        return self.block(x).NET((2, 3))
+"""
+
+
+def test_run_folder_knows_a_network_made_in_a_notebooks_cell_by_its_code(synthetic, monkeypatch):
+    def name(cell, **changes):
+        text = CELL
+        for place, method in changes.items():
+            text = text.replace(place, method)
+        file = f"<ipython-input-{cell}>"  # a cell's text is kept where tracebacks look for it, and in no file
+        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+        space = {"__name__": "__main__", "torch": torch}
+        exec(compile(text, file, "exec"), space)
+        return run_folder(space["Net"](), *synthetic, Config(), "cpu")
+
+    main = types.ModuleType("__main__")  # a notebook's, which has no file
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    first = name(1, BLOCK="relu", NET="mean")
+    assert name(2, BLOCK="relu", NET="mean") == first
+    assert len({first, name(3, BLOCK="relu", NET="amax"), name(4, BLOCK="abs", NET="mean")}) == 3
 
 
 def test_resume_takes_the_optimizers_settings_from_the_recipe_and_an_enabled_scaler_from_the_file():
