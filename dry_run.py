@@ -63,8 +63,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
     The rate grows exponentially from `start` to `end` in so many steps, one batch each; all else is as `config` says.
     The loss is an exponential moving average with weight `smoothing` on the past, corrected for its start at zero.
     The test stops when it is NaN, infinite, or four times its lowest. Suggested is the rate by which the loss has
-    made 80 % of its fall: there "the accuracy slows", in Smith's words. (Not a larger share: beyond, the loss wavers
-    by a tenth of its fall, and its very lowest may lie just before the rate at which training breaks down.)
+    made 95 % of its fall to its first lasting low (see `_suggest`): there "the accuracy slows", in Smith's words.
 
     A copy of the model is trained, with an optimizer of its own: the model, its optimizer and PyTorch's random states
     on the CPU and CUDA are left as they were. Returns an LRRange. Raises ValueError for a range or number of steps
@@ -98,8 +97,21 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
         raise ValueError(f"the first loss is {smoothed}, before any step: the weights or what comes in are not finite")
     if min(losses) == losses[0]:
         raise ValueError(f"the loss never fell below that at start, {start:g}: begin with a smaller rate")
-    fallen = np.array(losses) <= 0.8 * min(losses) + 0.2 * losses[0]
-    return LRRange(rates, losses, rates[int(fallen.argmax())], diverged)
+    return LRRange(rates, losses, _suggest(rates, losses), diverged)
+
+
+def _suggest(rates, losses):
+    """The rate by which the loss has made 95 % of its fall to its first lasting low.
+
+    That is a loss which no rate up to three times as large betters, after at least half of the whole fall. Not the
+    lowest of all: the loss wavers at large rates, and may dip once more just before training breaks down.
+    """
+    rates, losses = np.array(rates), np.array(losses)
+    ahead = (rates >= rates[:, None]) & (rates <= 3 * rates[:, None])  # a row for each rate
+    lasting = losses <= np.where(ahead, losses, np.inf).min(1)
+    deep = losses <= (losses[0] + losses.min()) / 2
+    low = losses[lasting & deep][0]
+    return float(rates[losses <= 0.95 * low + 0.05 * losses[0]][0])
 
 
 def _endlessly(loader):

@@ -6,7 +6,7 @@ import torch
 from networks import CPU, EXACT, Linear, small_network
 
 from cifar10 import MEAN, STD, Split
-from dry_run import estimate_seconds, lr_range_test
+from dry_run import _suggest, estimate_seconds, lr_range_test
 from utils import Config, fit, make_loader
 
 
@@ -46,8 +46,23 @@ def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
             momentum += gradient
             value -= result.lr[step] * momentum
     assert result.loss == pytest.approx(expected, rel=1e-4)
-    reached = [expected[0] - loss >= 0.8 * (expected[0] - min(expected)) for loss in expected]
-    assert result.suggestion == result.lr[reached.index(True)]
+    assert np.argmin(expected) == 6  # it falls all the way
+    reached = [expected[0] - loss >= 0.95 * (expected[0] - expected[6]) for loss in expected]
+    assert result.suggestion == pytest.approx(result.lr[reached.index(True)])
+
+
+def test_suggestion_is_where_the_fall_to_the_first_lasting_low_is_nearly_made():
+    rates = np.geomspace(1e-4, 10, 201)
+    log = np.log10(rates)
+    ramp = np.interp(log, [-4, -1, 1], [2.5, 1.5, 1.5])  # 95 % of the fall is made at 1.55
+    at_ramps_end = pytest.approx(10**-1.15, rel=0.06)  # the rates are 6 % apart
+    assert _suggest(rates, ramp) == at_ramps_end
+    # A hill behind it, a lower dip before the break-down, and a wiggle at the start change nothing.
+    dip = np.interp(log, [-1, -0.4, 0.2, 0.5, 1], [0, 0.2, -0.1, -0.1, 5])
+    wiggle = np.interp(log, [-4, -3.98, -3.9, -3.8], [0, -0.05, 0.05, 0])
+    assert _suggest(rates, ramp + dip + wiggle) == at_ramps_end
+    # A low that does not last is passed over.
+    assert _suggest(rates, ramp + np.interp(log, [-2.1, -2, -1.9], [0, -0.1, 0])) == at_ramps_end
 
 
 def test_range_test_stops_where_training_diverges(synthetic):
