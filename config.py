@@ -18,7 +18,7 @@ class Config:
     which rises linearly over the fraction `warmup` of training and then falls linearly to 0. weight_decay: on
     weights only, not on biases and batch norm. label_smoothing: the share of the target spread over all classes.
     cutout: the side, in pixels, of a square painted over in each training image; 0 for none. dropout: what the
-    network is to be made with, `AdvancedCNN(dropout=config.dropout)`; ResNet-20 has none, whatever it says.
+    network is to be made with, `AdvancedCNN(dropout=config.dropout)`; ResNet-20 has none in any case.
     precision: "auto" is mixed precision where the hardware has it (see `mixed_precision`), "float32" is never.
     deterministic: ask PyTorch for deterministic kernels, at some cost in speed; a CPU's are so in any case.
     Raises ValueError on construction, naming the value and what is expected.
