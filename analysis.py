@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import CLASSES, Config, autocast, get_device, make_loader, normalize
+from utils import CLASSES, Config, autocast, get_device, make_loader, memory_format, normalize
 
 # -- numbers, all from one pass over a split -----------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ def collect_logits(model, split, config=None, device=None):
     precision, the default's when None. Leaves the model in evaluation mode on the device.
     """
     device = get_device(device)
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device, memory_format=memory_format(device)).eval()
     outputs = []
     for images, _ in make_loader(split, 500, train=False, device=device):
         with autocast(config or Config(), device):
@@ -177,7 +177,7 @@ def grad_cam(model, images, classes=None, device=None, grid=3):
     evaluation mode on the device, its gradients as they were. Raises NoFeatureMap for a model without such a map.
     """
     device = get_device(device)
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device, memory_format=memory_format(device)).eval()
     maps, dense = [], []
 
     def keep(module, _, output):

@@ -20,7 +20,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -195,28 +195,29 @@ def _differences(then, now):
 # -- what a run is -------------------------------------------------------------------------------------------------
 
 
-def identify_run(model, train_split, test_split, config, device, augmentation, functions):
+def identify_run(model, train_split, test_split, config, device, normalisation, code):
     """What decides a run's result: a dict of plain values, equal for equal runs.
 
     The configuration and the batch size it comes to on the device, the network (its class, its layers, the code of its
     classes and of the files they stand in), the data (a SHA-256 of images and labels, in their order), the
-    augmentation (as text), and the code of the schedule and of `functions`: those that make the optimizer,
-    normalise and take a step.
+    normalisation (as text), and the code of the schedule and of the functions and modules in `code`: those that augment
+    and batch images, make the optimizer, normalise and take a step. Code is what it was when first asked for.
     """
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "config": asdict(config),
-        "batch_size": config.batch_size_on(torch.device(device)),
+        "batch size on the device": config.batch_size_on(torch.device(device)),
         "network": f"{type(model).__name__}, {parameters:,} parameters, layers {_hash(f'{model!r} {shapes}')}",
         "network's code": _hash(_network_source(model)),
         "data": data_fingerprint(train_split, test_split),
-        "augmentation": augmentation,
+        "normalisation": normalisation,
         "schedule's code": _hash(_source(type(config).lr_at)),
-        **{f"code of {function.__name__}": _hash(_source(function)) for function in functions},
+        **{f"code of {thing.__name__}": _hash(_source(thing)) for thing in code},
     }
 
 
+@cache  # a file that was changed since says what a restart would run, and not what runs now
 def _source(thing):
     try:
         return inspect.getsource(thing)
@@ -224,14 +225,18 @@ def _source(thing):
         return ""
 
 
+@cache  # as above; the module anew for each class, since one that is loaded again stays the same object
+def _class_source(cls):
+    """The text of the file that a class stands in, and its own."""
+    # A class made in a notebook's cell has a text only method by method.
+    own = _source(cls) or "".join(map(_source, filter(inspect.isfunction, vars(cls).values())))
+    return _source.__wrapped__(inspect.getmodule(cls)), own
+
+
 def _network_source(model):
     """The text of the network's classes and of the files they stand in, PyTorch's own left out."""
     classes = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
-    texts = {_source(inspect.getmodule(cls)) for cls in classes}
-    for cls in classes:
-        # A class made in a notebook's cell has a text only method by method.
-        texts.add(_source(cls) or "".join(map(_source, filter(inspect.isfunction, vars(cls).values()))))
-    return "".join(sorted(texts))
+    return "".join(sorted({text for cls in classes for text in _class_source(cls)}))
 
 
 def _hash(text):
@@ -322,7 +327,8 @@ def device_name(device):
 def write_record(path, model, train_split, test_split, config, history, device):
     """Write the record of one run as JSON, all or nothing, and return it as a dict.
 
-    A record of the same history, times included, is left as it is: that run is only shown again.
+    A record of the same history, times included, is left as it is: that run is only shown again. Device, versions and
+    commit are those of the moment it is written.
 
     Its fields: `model` (class name), `width`, `parameters` and `macs` (of one image) of the network; `data` (the
     source, which says so if it is synthetic), `data_fingerprint`, `n_train`, `n_test`; `config` (every number of the

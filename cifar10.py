@@ -1,7 +1,8 @@
 """Getting CIFAR-10: find it, download it, verify it, cache it, or stand in for it.
 
-`load_cifar10` is the one way in. It looks for the images in the folder it is given (or `CIFAR10_ROOT`), then in
-`data/` beside this file, and then downloads the official archive to `data/`. Two layouts count as CIFAR-10:
+`load_cifar10` is the one way in. It reads the images from the folder it is given, or that `CIFAR10_ROOT` names; where
+none is named, from `data/` beside this file, to which it downloads the official archive if need be. Two layouts count
+as CIFAR-10:
 
     cifar-10-batches-py/ or cifar-10-python.tar.gz      the official one (python version)
     train/<class>/*.png|jpg and test/<class>/*.png|jpg  class folders, named as in CLASSES
@@ -267,6 +268,8 @@ def _class_folder_files(root):
             raise ValueError(f"class folder '{folder}' is missing: train/ and test/ need one for each of {names}")
         with os.scandir(folder) as entries:  # several times faster than pathlib for 60,000 files
             images = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
+            # macOS leaves files that begin with a dot beside each image on other file systems.
+            images = [entry for entry in images if not entry.name.startswith(".")]
         if not images:
             raise ValueError(f"class folder '{folder}' holds no .png, .jpg or .jpeg file: put the images there")
         files[key] = sorted(images, key=lambda entry: entry.name)
@@ -352,25 +355,49 @@ def download_archive(folder):
         failures, urls = [f"'{folder}': cannot be made ({error})"], []
     for url in urls:
         try:
-            _download(url, part)
-            if (md5 := _md5(part)) != ARCHIVE_MD5:
-                raise OSError(f"its md5 is {md5}, expected {ARCHIVE_MD5}")
-            os.replace(part, target)
+            if not _claim(part, target):
+                return
+            try:
+                _download(url, part)
+                if (md5 := _md5(part)) != ARCHIVE_MD5:
+                    raise OSError(f"its md5 is {md5}, expected {ARCHIVE_MD5}")
+                os.replace(part, target)
+                return
+            finally:
+                part.unlink(missing_ok=True)
         # URLError and TimeoutError are OSErrors; ValueError is what a malformed address raises.
         except (OSError, HTTPException, ValueError) as error:
             failures.append(f"{url}: {error}")
             print(f"No CIFAR-10 from {failures[-1]}", flush=True)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-        if target.is_file():
-            return
     raise DatasetUnavailable(
         "CIFAR-10 is not to be had. Tried:\n  - " + "\n  - ".join(failures) + "\n"
         f"Remedies: put {ARCHIVE} (md5 {ARCHIVE_MD5}) into '{folder}'; or set CIFAR10_ROOT to a folder that holds "
         "the data; or set CIFAR10_URL to a mirror that this machine reaches; or pass allow_synthetic=True to "
         "try the code on a synthetic stand-in."
     )
+
+
+def _claim(part, target):
+    """Make the file `part`, which one process at a time writes to. Returns False if `target` is there by then.
+
+    While another process, started beside this one, writes to it, it is waited for; what a killed one left no longer
+    grows, and is taken over.
+    """
+    size, since = None, time.monotonic()
+    while not target.is_file():
+        try:
+            part.open("xb").close()
+            return True
+        except FileExistsError:
+            before, size = size, part.stat().st_size if part.is_file() else None
+        if before is None:
+            print(f"'{part}' is there already: waiting for whoever writes it", flush=True)
+        if size != before:
+            since = time.monotonic()
+        elif time.monotonic() - since > STALL_SECONDS:
+            part.unlink(missing_ok=True)
+        time.sleep(min(0.5, STALL_SECONDS / 4))
+    return False
 
 
 def _open(url):

@@ -46,7 +46,8 @@ def predict(model, image, k=None, device=None, names=CLASSES):
     Returns a list of `Prediction` with the k likeliest classes each (3, or all of fewer, when None): one, or one for
     each file of the folder that is named like an image, in the order of their names. Raises FileNotFoundError for a
     file that is not there; ValueError for what is no image, is damaged, or has more pixels than Pillow deems safe
-    (about 89 million), for a folder without images, and for k out of range; TypeError for anything else.
+    (about 89 million), for a folder without images, for k out of range, and for `names` that are not as many as the
+    network's outputs; TypeError for anything else. The model is left in evaluation mode on the device.
     """
     k = min(3, len(names)) if k is None else k
     if not 1 <= k <= len(names):

@@ -76,7 +76,8 @@ class _Batches(Dataset):
 def augment(split, index, n, transform=None, seed=0):
     """Draw n augmentations of one training image, as `make_loader` would: uint8 (n, 32, 32, 3)."""
     one = Split(split.images[[index]], split.labels[[index]], split.source)
-    images, _ = _Batches(one, transform or train_transforms(), train=True)[np.zeros(n, int), seed]
+    transform = train_transforms() if transform is None else transform
+    images, _ = _Batches(one, transform, train=True)[np.zeros(n, int), seed]
     return images.numpy()
 
 

@@ -57,13 +57,14 @@ def plot_augmentations(image, draws, source):
 
 
 def _plot_curves(curves, title, ylabel):
-    """Curves over epochs, {label: (values, colour, format)}, their final values marked, and named in the legend."""
+    """Curves over epochs, {label: (values, colour, style of line, format)}, their final values marked, and named in
+    the legend."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    for label, (values, color, form) in curves.items():
+    for label, (values, color, style, form) in curves.items():
         epochs = np.arange(1, len(values) + 1)
         last = f" (last: {values[-1]:{form}})" if values else " (no whole epoch)"
-        ax.plot(epochs, values, color=color, marker="o", markersize=3, label=label + last)
+        ax.plot(epochs, values, style, color=color, marker="o", markersize=3, label=label + last)
         ax.plot(epochs[-1:], values[-1:], "o", color=color, markersize=8)
     ax.set_title(title, fontsize=12)
     ax.set_xlabel("epoch")
@@ -76,13 +77,15 @@ def _plot_curves(curves, title, ylabel):
 
 def plot_loss(history, source):
     """Loss curves: mean NLL of training and test over the epochs, final values marked."""
-    curves = {"train": (history["train_loss"], ORANGE, ".3f"), "test": (history["test_loss"], BLUE, ".3f")}
+    train, test = history["train_loss"], history["test_loss"]
+    curves = {"train": (train, ORANGE, "--", ".3f"), "test": (test, BLUE, "-", ".3f")}
     return _plot_curves(curves, f"Loss: {source}", "mean negative log-likelihood")
 
 
 def plot_accuracy(history, source):
     """Accuracy curves: percent correct of training and test over the epochs, final values marked."""
-    curves = {"train": (history["train_accuracy"], ORANGE, ".2f"), "test": (history["test_accuracy"], BLUE, ".2f")}
+    train, test = history["train_accuracy"], history["test_accuracy"]
+    curves = {"train": (train, ORANGE, "--", ".2f"), "test": (test, BLUE, "-", ".2f")}
     return _plot_curves(curves, f"Accuracy: {source}", "accuracy (%)")
 
 
@@ -90,10 +93,11 @@ def plot_schedule(configs):
     """The learning rate over training of each recipe in `configs`, {name: Config}."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    for (name, config), color in zip(configs.items(), (ORANGE, BLUE, GREEN), strict=False):
+    for (name, config), color, style in zip(configs.items(), (ORANGE, BLUE, GREEN), ("--", "-", ":"), strict=False):
         progress = np.linspace(0, 1, 401)
         rates = [config.lr_at(fraction) for fraction in progress]
-        ax.plot(config.epochs * progress, rates, color=color, linewidth=2, label=f"{name} (peak: {max(rates):.4g})")
+        label = f"{name} (peak: {max(rates):.4g})"
+        ax.plot(config.epochs * progress, rates, style, color=color, linewidth=2, label=label)
     ax.set_title("Learning rate over training", fontsize=12)
     ax.set_xlabel("epoch")
     ax.set_ylabel("learning rate")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import loaders
 from checkpoint import (
     CheckpointError,
     capture,
@@ -34,8 +35,8 @@ from checkpoint import (
     write_record,
 )
 from cifar10 import CLASSES, MEAN, STD, load_cifar10, validation_split
-from config import RECIPES, Config, autocast, get_device, kernels, mixed_precision
-from loaders import PADDING, augment, make_loader, test_transforms, train_transforms
+from config import RECIPES, Config, autocast, get_device, kernels, memory_format, mixed_precision
+from loaders import augment, make_loader, test_transforms, train_transforms
 from plots import (
     plot_accuracy,
     plot_augmentations,
@@ -56,14 +57,17 @@ REFRESH_SECONDS = 0.5  # how often the progress bar is refreshed, and the device
 
 
 def normalize(images, device):
-    """The fused step on the device: uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32) in channels_last, normalised.
+    """The fused step on the device: uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), normalised, in `memory_format`.
 
     Mean and standard deviation are applied here and nowhere else.
     """
     scale, offset = _scale_and_offset(device)
-    images = images.to(device, non_blocking=True).float()
-    # Seen as NCHW, a contiguous NHWC batch is in channels_last already: the permutation moves nothing.
-    return torch.addcmul(offset, images, scale).permute(0, 3, 1, 2)
+    # Only CUDA's copy out of pinned memory, which the loader uses there, is safe to leave behind: on MPS, what was
+    # copied from may be gone before the copy is made (PyTorch's issue 189690).
+    images = images.to(device, non_blocking=images.is_pinned()).float()
+    # Seen as NCHW, a contiguous NHWC batch is in channels_last already: there, nothing is moved.
+    images = torch.addcmul(offset, images, scale).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=memory_format(device))
 
 
 @cache
@@ -96,7 +100,7 @@ def train_step(model, images, labels, optimizer, scaler, config, device):
     The label smoothing of `config` is in what is minimised, not in what is reported. Returns the batch's mean NLL and
     number of correct predictions, both on the device.
     """
-    labels = labels.to(device, non_blocking=True)
+    labels = labels.to(device, non_blocking=labels.is_pinned())
     with autocast(config, device):
         outputs = model(normalize(images, device))
     # Leaves log-probabilities as they are, and makes them of the scores in which other networks end.
@@ -200,7 +204,7 @@ def test(model, loader, config, device):
     model.eval()
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in loader:
-        labels = labels.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=labels.is_pinned())
         with autocast(config, device):
             outputs = model(normalize(images, device))
         log_probs = F.log_softmax(outputs.float(), dim=1)
@@ -220,7 +224,7 @@ class Run:
     """What training needs and changes as it goes, made from the recipe; its state can be saved and restored."""
 
     def __init__(self, model, train_split, test_split, config, device, num_workers=None):
-        model.to(device, memory_format=torch.channels_last)
+        model.to(device, memory_format=memory_format(device))
         self.model, self.config, self.device = model, config, device
         batch_size, transform = config.batch_size_on(device), train_transforms(config.cutout)
         self.train_loader = make_loader(train_split, batch_size, True, config.seed, num_workers, transform, device)
@@ -310,8 +314,8 @@ def _identity(model, train_split, test_split, config, device):
         test_split,
         config,
         device,
-        augmentation=f"pad {PADDING}, {train_transforms(config.cutout)!r}, normalize by {MEAN} and {STD}",
-        functions=(make_optimizer, train_step, normalize),
+        normalisation=f"by mean {MEAN} and standard deviation {STD}",
+        code=(loaders, make_optimizer, train_step, normalize),
     )
 
 
@@ -331,7 +335,8 @@ def fit(
     Returns the history, lists of plain numbers with one entry an epoch: `train_loss` and `test_loss` (mean NLL),
     `train_accuracy` and `test_accuracy` (percent), `lr` (of the epoch's last step), `seconds` (tests included).
 
-    Raises ValueError for a device that is not there; CheckpointError, before training, when the folder cannot be
+    Raises ValueError for a device that is not there, checkpoint_minutes that are not more than 0, and a negative number
+    of workers; CheckpointError, before training, when the folder cannot be
     written, holds no whole checkpoint, or one of another configuration, network or data; TrainingDiverged when loss
     or weights are no longer finite; RuntimeError when a worker process dies. A checkpoint that cannot be written
     later (the disk is full, say) is reported, and training goes on.
@@ -377,7 +382,7 @@ def fit(
         print(f"\nInterrupted in epoch {run.epoch + 1}: the history holds the {run.epoch} before it, the weights are "
               "those of this moment.", flush=True)  # fmt: skip
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # what a transform raises in a worker is another's fault
             raise
         run.end_workers()
         raise RuntimeError(
@@ -395,5 +400,5 @@ def _resumed(run, folder, state):
     text = f"Going on from '{folder}', written {state['written']}: epoch {run.epoch + 1}, batch {batch} of {batches}."
     now = run.versions()
     if changed := [f"{name} {then}" for name, then in state["versions"].items() if now.get(name) != then]:
-        text += f" It was begun with {', '.join(changed)}: the result may differ in the last digits."
+        text += f" The part before was made with {', '.join(changed)}: the result may differ in the last digits."
     return text

@@ -14,7 +14,7 @@ import sys
 import torch
 from common import evenly, in_turn, make_benchmark_parser, ratio, real_splits, report, training_images
 
-from config import Config
+from config import Config, memory_format
 from model_AC import AdvancedCNN
 from utils import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
 
@@ -25,7 +25,7 @@ def sides_of(split, config, device, workers):
     All is warm: the workers run, and a step of each size has been taken, so that its kernels are chosen.
     """
     torch.manual_seed(0)
-    model = AdvancedCNN().to(device, memory_format=torch.channels_last)
+    model = AdvancedCNN().to(device, memory_format=memory_format(device))
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
     loaders = {n: make_loader(split, config.batch_size, num_workers=n) for n in workers}
     images, labels = next(iter(make_loader(split, config.batch_size, num_workers=0)))

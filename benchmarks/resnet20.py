@@ -10,7 +10,7 @@ class ResNet20(nn.Module):
     """A 3 by 3 convolution, then three stages of three blocks of two, 16, 32 and 64 channels wide.
 
     Float (B, 3, 32, 32) in, normalised per channel; log-probabilities, float (B, num_classes), out. 0.27 M
-    parameters, 40.8 M multiply-accumulates. The weights begin as in He et al. 2015, arXiv:1502.01852.
+    parameters, 40.6 M multiply-accumulates. The weights begin as in He et al. 2015, arXiv:1502.01852.
     """
 
     def __init__(self, num_classes=10):

@@ -33,7 +33,7 @@ class Ours:
         self.loader.set_epoch(self.epoch)
         self.epoch += 1
         for images, labels in self.loader:
-            yield normalize(images, self.device), labels.to(self.device, non_blocking=True)
+            yield normalize(images, self.device), labels.to(self.device, non_blocking=labels.is_pinned())
 
 
 class _InMemory(CIFAR10):
@@ -61,8 +61,8 @@ class _PerItem:
         )
 
     def __iter__(self):
-        for images, labels in self.loader:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        for batch in self.loader:
+            yield tuple(part.to(self.device, non_blocking=part.is_pinned()) for part in batch)
 
 
 class _Albumentations:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
 
 from cifar10 import MEAN, STD
-from config import Config, mixed_precision
+from config import Config, memory_format, mixed_precision
 from model_AC import AdvancedCNN
 from utils import kernels, make_optimizer, make_scaler, train_step
 
@@ -41,7 +41,7 @@ def plain_loop(images, labels, device, steps):
 def our_loop(images, labels, device, steps, config):
     """The steps of `utils.train`, read once at the end: a function that does `steps` of them."""
     torch.manual_seed(0)
-    model = AdvancedCNN().to(device, memory_format=torch.channels_last).train()
+    model = AdvancedCNN().to(device, memory_format=memory_format(device)).train()
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
 
     def work():

@@ -21,7 +21,7 @@ MARKS = {
     name: (f"<!-- {name}: written by `make results` -->\n", f"<!-- end of {name} -->\n")
     for name in ("results", "benchmarks")
 }
-COLOURS = {"AdvancedCNN": BLUE, "ResNet20": ORANGE}
+LOOKS = {"AdvancedCNN": (BLUE, {"test": "-", "train": ":"}), "ResNet20": (ORANGE, {"test": "--", "train": "-."})}
 
 
 def read_records():
@@ -142,17 +142,17 @@ def figures(records):
 
 
 def plot_comparison(records, recipe):
-    """Accuracy over the epochs of all runs with one recipe: test, and training as a dotted line."""
+    """Accuracy over the epochs of all runs with one recipe: test in thick lines, training in thin ones."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    for model, color in COLOURS.items():
+    for model, (color, styles) in LOOKS.items():
         histories = [record["history"] for record in records.values() if record["model"] == model]
-        for split, width, style in (("test", 2, "-"), ("train", 1, ":")):
+        for split, width in (("test", 2), ("train", 1)):
             curves = [history[f"{split}_accuracy"] for history in histories]
             for number, curve in enumerate(curves):
                 last = f"{model}, {split} (last: {', '.join(f'{values[-1]:.2f}' for values in curves)})"
                 label = None if number else last
-                ax.plot(range(1, len(curve) + 1), curve, style, color=color, linewidth=width, label=label)
+                ax.plot(range(1, len(curve) + 1), curve, styles[split], color=color, linewidth=width, label=label)
     sources = sorted({record["data"] for record in records.values()})
     ax.set_title(f"Accuracy with the recipe {recipe}: {'; '.join(sources)}", fontsize=12)
     ax.set_xlabel("epoch")

@@ -3,6 +3,7 @@ import os
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports it: it would ask the package index for news
 
 import contextlib
+import multiprocessing.util
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,6 +16,9 @@ import cifar10
 # The networks of the tests are too small for threads to pay, and beside another job those would wait for each other.
 torch.set_num_threads(1)
 
+# Sockets of worker processes go here: in a test's own folder their paths would be too long for some systems.
+multiprocessing.util.get_temp_dir()
+
 REAL_DATA = os.environ.get("CIFAR10_ROOT")
 
 
@@ -23,6 +27,7 @@ def no_data_but_the_tests_own(monkeypatch, tmp_path):
     """No test may find, or try to download, data that it did not make."""
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.delenv("CIFAR10_URL", raising=False)
+    monkeypatch.setenv("no_proxy", "*")  # the tests' server is on this machine
     monkeypatch.setattr(cifar10, "MIRRORS", ())
     monkeypatch.setattr(cifar10, "DATA_FOLDER", tmp_path / "data")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -91,8 +96,8 @@ def server(tmp_path, monkeypatch):
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr(cifar10, "SILENCE_SECONDS", 0.4)
-    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(cifar10, "SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.8)
     yield server
     stop.set()
     server.shutdown()

@@ -86,6 +86,11 @@ def test_augmented_batches_are_the_same_for_any_number_of_workers(workers):
         assert same(batches(alone), batches(helped))
 
 
+def test_an_empty_pipeline_is_taken_as_it_is():
+    with pytest.raises(ValueError, match=r"the transform returned uint8 \(40, 40, 3\)"):
+        augment(position_coded(1), 0, 3, utils.test_transforms())
+
+
 def test_augmented_batches_differ_by_epoch_and_seed_and_come_back():
     split = synthetic_cifar10(100, 10)[0]
     loader = make_loader(split, 32, seed=5)

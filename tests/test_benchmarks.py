@@ -99,6 +99,17 @@ def test_both_loops_take_the_same_steps(synthetic):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=5e-5)
 
 
+def test_what_is_told_is_of_one_step(monkeypatch, synthetic):
+    told = []
+    times = {"plain loop": [2.0, 8.0, 4.0], "ours, float32": [1.0, 2.0, 2.0], "ours": [1.0, 1.0, 1.0]}
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--steps", "10", "--batch-size", "8", "--device", "cpu"])
+    monkeypatch.setattr(train_step, "training_images", lambda *_: synthetic[0])
+    monkeypatch.setattr(train_step, "in_turn", lambda sides, rounds, device: {name: times[name] for name in sides})
+    monkeypatch.setattr(train_step, "report", lambda *arguments: told.extend(arguments[-1]))
+    train_step.main()
+    assert told[:2] == [["plain loop", 400.0, 1.0], ["ours, float32", 200.0, 2.0]]
+
+
 # -- epoch.py ------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +256,13 @@ def test_resnet20_shortcuts_carry_the_image_through():
     x = torch.rand(2, 16, 32, 32)
     y = block(x)
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and not y[:, :8].any() and not y[:, 24:].any()
+
+
+def test_networks_are_made_as_the_recipe_says():
+    for config in (Config(), Config.one_cycle()):
+        network = training.NETWORKS["AdvancedCNN"](config)
+        assert network.dropout.p == config.dropout
+    assert config.dropout == 0  # and so another than the network's own
 
 
 @pytest.fixture

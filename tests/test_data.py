@@ -48,6 +48,13 @@ def test_class_folders_of_jpeg_and_grey_images(tmp_path):
     assert any((image == 77).all() for image in train.images[train.labels == CLASSES.index("cat")])
 
 
+def test_class_folders_with_what_macos_leaves_beside_images(folders):
+    root, expected = folders
+    for image in list(root.rglob("*.png")):
+        image.with_name(f"._{image.name}").write_bytes(b"AppleDouble")
+    assert_same_images(load_cifar10(root), expected)
+
+
 def test_official_batches(tmp_path, monkeypatch):
     expected = official_batches(tmp_path, monkeypatch)
     loaded = load_cifar10(tmp_path)
@@ -68,6 +75,7 @@ def test_root_from_the_environment_and_before_the_data_folder(folders, monkeypat
     assert_same_images(load_cifar10(), synthetic_cifar10(20, 10, seed=1))
     monkeypatch.setenv("CIFAR10_ROOT", str(root))
     assert_same_images(load_cifar10(), expected)
+    assert_same_images(load_cifar10(tmp_path / "data"), synthetic_cifar10(20, 10, seed=1))  # what is named goes first
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
@@ -89,14 +97,17 @@ def test_cache_saves_decoding(folders, decoded):
     assert_same_images(second, expected)
 
 
-@pytest.mark.parametrize("change", ["rewritten", "added", "removed"])
+@pytest.mark.parametrize("change", ["rewritten", "in another size", "added", "removed"])
 def test_stale_cache_is_noticed(folders, decoded, change):
     root, _ = folders
     load_cifar10(root)
     image = next((root / "test" / "dog").iterdir())
-    if change == "rewritten":
-        Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
+    if change == "rewritten":  # as large as before: only the time tells
         os.utime(image, ns=(1, 1))
+    elif change == "in another size":  # and at the same time
+        times = image.stat().st_atime_ns, image.stat().st_mtime_ns
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
+        os.utime(image, ns=times)
     elif change == "added":
         shutil.copy(image, image.with_name("another.png"))
     else:
@@ -106,7 +117,7 @@ def test_stale_cache_is_noticed(folders, decoded, change):
     dogs = test.images[test.labels == CLASSES.index("dog")]
     assert len(decoded) == 2
     assert len(dogs) == (2 if change == "added" else 1)
-    if change == "rewritten":
+    if change == "in another size":
         assert (dogs[0] == (1, 2, 3)).all()
 
 

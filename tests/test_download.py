@@ -1,6 +1,7 @@
 """The download, against a server on 127.0.0.1 that serves a small archive well or badly."""
 
 import socket
+import threading
 import time
 
 import pytest
@@ -92,6 +93,30 @@ def test_download_fault_folder_that_cannot_be_made(server, monkeypatch, tmp_path
     with pytest.raises(DatasetUnavailable, match="data': cannot be made"):
         load_cifar10()
     assert load_cifar10(allow_synthetic=True)[0].synthetic and not server.asked
+
+
+def test_download_waits_for_another_process_that_is_at_it(server, monkeypatch, tmp_path, capsys):
+    archive = tmp_path / "served" / ARCHIVE
+    part = tmp_path / "data" / f"{ARCHIVE}.part"
+    part.parent.mkdir()
+    part.touch()
+
+    def another():
+        with open(part, "wb") as file:
+            for byte in archive.read_bytes()[:15]:
+                file.write(bytes([byte]))
+                file.flush()
+                time.sleep(0.1)  # in all, longer than a process may be silent
+        part.write_bytes(archive.read_bytes())
+        part.rename(part.with_name(ARCHIVE))
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    monkeypatch.setattr(cifar10, "MIRRORS", (f"{server.url}/good",))
+    train, _ = load_cifar10()
+    thread.join()
+    assert (train.images == server.splits[0].images).all() and server.asked == []
+    assert "waiting for whoever writes it" in capsys.readouterr().out
 
 
 def test_a_part_file_left_behind_is_never_taken_for_the_archive(server, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import time
 from hashlib import md5
 from pathlib import Path
 
+import albumentations as A
 import pytest
 import torch
 from fakes import official_archive
@@ -131,6 +132,17 @@ def test_fault_worker_killed_in_the_middle_of_an_epoch(tmp_path):
     model = KillsAWorker(width=0.5)
     history = fit(model, *splits, recipe, "cpu", tmp_path)
     assert len(history["test_loss"]) == 2 and model.passes == 75
+
+
+def test_fault_of_a_transform_in_a_worker_is_not_taken_for_its_death(synthetic, monkeypatch):
+    def fails(image, **_):
+        raise RuntimeError("the transform's own fault")
+
+    transform = A.Compose([A.RandomCrop(32, 32), A.Lambda(image=fails, p=1.0)])
+    monkeypatch.setattr(utils, "train_transforms", lambda _: transform)
+    with pytest.raises(RuntimeError, match="the transform's own fault") as error:
+        fit(AdvancedCNN(width=0.5), *synthetic, Config(epochs=1), "cpu", num_workers=1)
+    assert "died" not in str(error.value)
 
 
 # -- damaged, foreign, malicious -----------------------------------------------------------------------------------

@@ -59,8 +59,14 @@ def test_a_block_adds_what_its_convolutions_make_to_what_the_pooling_kept(model)
 
 def test_evaluation_is_deterministic_and_training_drops_out():
     torch.manual_seed(0)
-    model, images = AdvancedCNN(dropout=0.5), torch.randn(4, 3, 32, 32)
-    assert not torch.equal(model(images), model(images))
+    images = torch.randn(4, 3, 32, 32)
+    model = AdvancedCNN(dropout=0.5)
+    assert model.dropout.p == 0.5 and [block.dropout.p for block in model.blocks] == [0.25] * 3
+    places = [model.dropout, *(block.dropout for block in model.blocks)]
+    for place in places:  # each drops out by itself
+        for other in places:
+            other.p = 0.5 * (other is place)
+        assert not torch.equal(model(images), model(images))
     model.eval()
     assert torch.equal(model(images), model(images))
 

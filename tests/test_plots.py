@@ -84,6 +84,16 @@ def test_every_title_names_the_source(every_figure):
         assert "NOT CIFAR-10" in title(figure), name
 
 
+def test_no_two_curves_of_an_axis_differ_in_colour_alone(every_figure):
+    schedules = {"default": Config(), "one_cycle": Config.one_cycle()}
+    for name, figure in {**every_figure, "schedules": plots.plot_schedule(schedules)}.items():
+        for ax in figure.axes:
+            styles = [
+                style for line in ax.lines if (style := line.get_linestyle()) != "None" and len(line.get_xdata()) > 1
+            ]
+            assert len(set(styles)) == len(styles), name
+
+
 def test_every_figure_renders_at_notebook_width_with_legible_text(every_figure):
     for name, figure in every_figure.items():
         buffer = io.BytesIO()

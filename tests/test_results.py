@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from analysis import collect_logits
-from checkpoint import load_model
+from checkpoint import count_macs, load_model
 from config import Config
 from model_AC import AdvancedCNN
 
@@ -96,6 +96,17 @@ def test_table_has_mean_and_spread_over_seeds():
     assert "| 4 |" in build.accuracy_table({**runs, "older": older})
 
 
+def test_figure_shows_the_histories_of_its_records():
+    records = {"a": made_up("AdvancedCNN", 0, 91.0), "b": made_up("ResNet20", 0, 90.5)}
+    (ax,) = build.plot_comparison(records, "default").axes
+    drawn = {line.get_label(): (list(line.get_ydata()), line.get_linestyle()) for line in ax.lines}
+    first = records["a"]["history"]
+    assert drawn["AdvancedCNN, test (last: 91.00)"] == (first["test_accuracy"], "-")
+    assert drawn[f"AdvancedCNN, train (last: {first['train_accuracy'][-1]:.2f})"] == (first["train_accuracy"], ":")
+    assert drawn["ResNet20, test (last: 90.50)"][0][-1] == 90.5
+    assert len({style for _, style in drawn.values()}) == 4  # told apart without their colours too
+
+
 def test_benchmark_table_shows_the_record():
     record = {
         "benchmark": "clock", "device": "a machine", "columns": ["way", "ms"], "rows": [["ours", 1.234]],
@@ -108,12 +119,18 @@ def test_benchmark_table_shows_the_record():
 
 
 @pytest.mark.parametrize("path", sorted(build.RESULTS.glob("*.pt")), ids=lambda path: path.stem)
-def test_published_weights_are_those_of_the_record(path, real_splits):
+def test_published_weights_fit_the_network_and_are_told_by_their_record(path):
     assert path.stat().st_size < 5e6
     record, model = json.loads(path.with_suffix(".json").read_text()), AdvancedCNN()
     about = load_model(path, model)
-    last = {name: values[-1] for name, values in record["history"].items()}
-    assert about["metrics"] == last and about["config"] == record["config"]
+    assert about["metrics"] == {name: values[-1] for name, values in record["history"].items()}
+    assert about["config"] == record["config"] and count_macs(model) == record["macs"]
+
+
+@pytest.mark.parametrize("path", sorted(build.RESULTS.glob("*.pt")), ids=lambda path: path.stem)
+def test_published_weights_are_as_good_as_their_record_says(path, real_splits):
+    model = AdvancedCNN()
+    last = load_model(path, model)["metrics"]
     logits = collect_logits(model, real_splits[1], Config(precision="float32"), "cpu")
     accuracy = 100 * (logits.argmax(1).numpy() == real_splits[1].labels).mean()
     assert accuracy == pytest.approx(last["test_accuracy"], abs=0.05)  # mixed precision, if it was used, rounds

@@ -1,17 +1,21 @@
 """A run that was ended goes on as if nothing had happened; and what else is kept of a run."""
 
+import importlib.util
 import linecache
 import re
 import signal
 import sys
+import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import loaders
 import utils
 from checkpoint import CheckpointError, load_checkpoint, load_model, save_model
 from cifar10 import Split, synthetic_cifar10
@@ -94,6 +98,15 @@ def test_resume_from_within_an_epoch_only_when_asked(synthetic, tmp_path, monkey
     assert "epoch 2, batch 0 of 12" in capsys.readouterr().out and model.passes == 24
 
 
+def test_resume_from_the_checkpoint_of_every_few_minutes(synthetic, tmp_path, monkeypatch, capsys):
+    model = Interrupted(at=20)
+    clock = SimpleNamespace(monotonic=lambda: 60 * model.passes, perf_counter=time.perf_counter)  # a minute a step
+    monkeypatch.setattr(utils, "time", clock)
+    fit(model, *synthetic, RECIPE, "cpu", tmp_path, checkpoint_minutes=5)
+    fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
+    assert "epoch 2, batch 6 of 12" in capsys.readouterr().out  # more than 5 minutes after the end of epoch 1
+
+
 def test_resume_of_a_finished_run_shows_it_without_training(unbroken, synthetic, tmp_path, capsys):
     fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
     first = capsys.readouterr().out
@@ -124,7 +137,7 @@ def test_resume_tells_of_other_versions(synthetic, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "what",
-    ["lr", "seed", "dropout", "network", "forward", "helper", "data", "order", "augmentation", "padding", "optimizer"],
+    ["lr", "seed", "dropout", "network", "forward", "data", "order", "augmentation", "normalisation", "optimizer"],
 )
 def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, monkeypatch, what):
     fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path)
@@ -145,19 +158,19 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
 
         Interrupted_.__name__ = "Interrupted"
         model, named = Interrupted_(), "network's code was"
-    elif what == "helper":  # the class is the same, and what it is built of is not
-        text = Path(__file__).read_text() + "\n# changed"
-        source = checkpoint.inspect.getsource
-        here = sys.modules[__name__]
-        monkeypatch.setattr(checkpoint.inspect, "getsource", lambda thing: text if thing is here else source(thing))
-        named = "network's code was"
     elif what == "augmentation":
-        centre = utils.test_transforms
-        monkeypatch.setattr(utils, "train_transforms", lambda cutout: centre())
-        named = "augmentation was .*RandomCrop.* and is .pad 4, Compose"
-    elif what == "padding":
-        monkeypatch.setattr(utils, "PADDING", 2)
-        named = "augmentation was .pad 4, .* and is .pad 2, "
+        file = tmp_path / "loaders.py"  # with another augmentation, and all else as it is
+        file.write_text(
+            Path(loaders.__file__).read_text().replace("A.HorizontalFlip(p=0.5)", "A.HorizontalFlip(p=0.1)")
+        )
+        spec = importlib.util.spec_from_file_location("loaders", file)
+        changed = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(changed)
+        monkeypatch.setattr(utils, "loaders", changed)
+        named = "code of loaders was"
+    elif what == "normalisation":
+        monkeypatch.setattr(utils, "STD", (0.2, 0.2, 0.2))
+        named = "normalisation was .* and is .*0.2, 0.2, 0.2"
     elif what == "optimizer":
         monkeypatch.setattr(utils, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1))
         named = "code of make_optimizer was"
@@ -177,8 +190,11 @@ def test_resume_refuses_another_batch_size_of_the_device(synthetic, tmp_path, mo
     recipe = Config(epochs=1)
     fit(Interrupted(), *synthetic, recipe, "cpu", tmp_path)
     monkeypatch.setattr(Config, "batch_size_on", lambda *_: 128)  # as an accelerator's would be
-    with pytest.raises(CheckpointError, match="batch_size was 64 and is 128"):
+    with pytest.raises(CheckpointError, match="batch size on the device was 64 and is 128"):
         fit(Interrupted(), *synthetic, recipe, "cpu", tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="is of another run: batch_size was None and is 64"):
+        fit(Interrupted(), *synthetic, Config(epochs=1, batch_size=64), "cpu", tmp_path)
 
 
 def test_checkpoints_are_two_small_files_of_plain_content(synthetic, tmp_path):
@@ -238,6 +254,25 @@ def test_run_folder_knows_a_network_made_in_a_notebooks_cell_by_its_code(synthet
     first = name(1, BLOCK="relu", NET="mean")
     assert name(2, BLOCK="relu", NET="mean") == first
     assert len({first, name(3, BLOCK="relu", NET="amax"), name(4, BLOCK="abs", NET="mean")}) == 3
+
+
+def test_run_folder_knows_the_code_that_runs_and_not_what_was_written_since(synthetic, monkeypatch, tmp_path):
+    file = tmp_path / "network_of_ones_own.py"
+    text = "from model_AC import AdvancedCNN\n\nWIDTH = 0.5\n\nclass Net(AdvancedCNN):\n    pass\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which tells versions apart by size and second
+    module = importlib.import_module(file.stem)
+    monkeypatch.setitem(sys.modules, file.stem, module)  # taken out again after the test
+
+    def name():
+        return run_folder(module.Net(width=0.5), *synthetic, Config(), "cpu")
+
+    first = name()
+    file.write_text(text.replace("0.5", "0.25"))  # the class is the same, and what it is built of is not
+    assert name() == first
+    importlib.reload(module)
+    assert name() != first
 
 
 def test_resume_takes_the_optimizers_settings_from_the_recipe_and_an_enabled_scaler_from_the_file():

@@ -60,6 +60,7 @@ def test_weight_decay_is_on_weights_only():
     optimizer = utils.make_optimizer(AdvancedCNN(), Config.one_cycle())
     decayed, spared = optimizer.param_groups
     assert decayed["weight_decay"] == 5e-4 and spared["weight_decay"] == 0
+    assert decayed["nesterov"] and spared["nesterov"]
     assert {p.ndim for p in decayed["params"]} == {2, 4} and {p.ndim for p in spared["params"]} == {1}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(AdvancedCNN().parameters()))
 
@@ -100,12 +101,43 @@ def test_mixed_precision_follows_the_hardware(monkeypatch):
         assert utils.mixed_precision(Config(precision="float32"), device) is None
 
 
+def test_a_step_in_float16_is_that_in_float32_but_for_rounding(synthetic, monkeypatch):
+    """A CPU can compute in float16 as well, though it does not pay: what GPUs without bfloat16 are given."""
+    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
+    config, weights, types = Config(lr=0.5, momentum=0), [], []
+    for dtype in (torch.float32, torch.float16):
+        for module in ("config", "utils"):
+            half = dtype if dtype is torch.float16 else None
+            monkeypatch.setattr(f"{module}.mixed_precision", lambda *_, half=half: half)
+        model, scaler = Linear(), utils.make_scaler(config, CPU)
+        assert scaler.is_enabled() == (dtype is torch.float16)
+        model.dense.register_forward_hook(lambda _, __, output: types.append(output.dtype))
+        nll, _ = utils.train_step(model, images, labels, utils.make_optimizer(model, config), scaler, config, CPU)
+        assert nll.dtype == torch.float32
+        utils.test(model, make_loader(synthetic[1], 100, train=False), config, CPU)
+        weights.append(model.dense.weight.detach() - Linear().dense.weight.detach())
+    assert types == [torch.float32] * 2 + [torch.float16] * 2
+    largest = weights[0].abs().max()
+    assert largest > 0.01
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0.01 * largest.item())
+
+
 def test_normalisation_is_exact_and_channels_last(synthetic):
     images = synthetic[0].images[:5]
     expected = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
     result = normalize(torch.from_numpy(images), CPU)
     np.testing.assert_allclose(result.numpy(), expected, atol=2e-6)
     assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mps_is_given_no_channels_last_in_which_its_batch_norm_is_wrong(synthetic, monkeypatch):
+    assert utils.memory_format(torch.device("mps")) == torch.contiguous_format
+    monkeypatch.setattr(utils, "memory_format", lambda _: torch.contiguous_format)
+    images = torch.from_numpy(synthetic[0].images[:5])
+    assert normalize(images, CPU).is_contiguous()
+    model = small_network().to(memory_format=torch.channels_last)
+    utils.Run(model, *synthetic, EXACT, CPU)
+    assert all(p.is_contiguous() for p in model.parameters())
 
 
 # -- training and testing ------------------------------------------------------------------------------------------
@@ -139,11 +171,12 @@ def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
     config = Config(lr=0.5, momentum=0, label_smoothing=0.3, precision="float32")
     ours, other = Linear(), Linear()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    utils.train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
+    nll, _ = utils.train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
     scores = other.dense(normalize(images, CPU).flatten(1))
     torch.nn.functional.cross_entropy(scores, labels, label_smoothing=0.3).backward()
     expected = other.dense.weight - 0.5 * other.dense.weight.grad
     torch.testing.assert_close(ours.dense.weight, expected)
+    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(scores, labels))  # reported without smoothing
 
 
 def test_a_network_that_ends_in_scores_is_trained_and_tested_as_one_in_log_probabilities(synthetic):
@@ -200,9 +233,43 @@ def test_history_is_plain_and_complete(synthetic):
     json.dumps(history)
 
 
+def test_each_step_takes_the_schedules_rate_and_each_epoch_batches_of_its_own(synthetic, monkeypatch):
+    rates, batches, step = [], [], utils.train_step
+
+    def watched(model, images, labels, optimizer, *rest):
+        rates.extend({group["lr"] for group in optimizer.param_groups})
+        batches.append(images)
+        return step(model, images, labels, optimizer, *rest)
+
+    monkeypatch.setattr(utils, "train_step", watched)
+    config = Config.one_cycle(epochs=2, batch_size=100, lr=0.01, seed=7)
+    fit(Linear(), *synthetic, config, "cpu")
+    # 3 steps an epoch, 6 in all: the rate rises over the first quarter, and falls over the rest.
+    expected = [0.01 * rate for rate in (0, (1 / 6) / 0.25, (4 / 6) / 0.75, (3 / 6) / 0.75, (2 / 6) / 0.75)]
+    assert rates == pytest.approx([*expected, 0.01 * (1 / 6) / 0.75])
+    loader = make_loader(synthetic[0], 100, seed=7, transform=utils.train_transforms(config.cutout))
+    for epoch, part in enumerate((batches[:3], batches[3:])):
+        loader.set_epoch(epoch)
+        assert all(torch.equal(one, other) for one, (other, _) in zip(part, loader, strict=True))
+    assert not torch.equal(batches[0], batches[3])
+
+
+def test_the_device_is_read_when_the_bar_is_refreshed_and_not_every_step(synthetic, monkeypatch):
+    settled, settle = [], utils._settle
+    monkeypatch.setattr(utils, "REFRESH_SECONDS", 1e9)
+    monkeypatch.setattr(
+        utils, "_settle", lambda _, pending, *rest: (settled.append(len(pending)), settle(_, pending, *rest))
+    )
+    fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
+    assert settled == [5, 5]
+
+
 def test_one_seed_decides_training(synthetic):
+    states = iter(range(100, 104))
+
     def weights(seed):
         model = small_network()
+        torch.manual_seed(next(states))  # dropout must not draw from what was before
         fit(model, *synthetic, Config(epochs=1, batch_size=64, seed=seed), "cpu")
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
