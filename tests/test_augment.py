@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import random
 
 import albumentations as A
 import numpy as np
@@ -111,6 +112,29 @@ def test_no_two_workers_augment_alike():
         loader.set_epoch(epoch)
         drawn += [images.numpy().tobytes() for images, _ in loader]
     assert len(set(drawn)) == len(drawn) == 30
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        utils.train_transforms(cutout=8),
+        A.RandomCrop(32, 32),
+        A.Sequential([A.RandomCrop(32, 32), A.HorizontalFlip()], p=1.0),
+        A.Compose([A.RandomCrop(32, 32), A.OneOf([A.Transpose(p=1), A.D4(p=1)], p=0.7), A.Compose([A.D4()], p=0.5)]),
+        A.Compose([A.CenterCrop(32, 32), A.HorizontalFlip()], p=0.5),
+    ],
+    ids=["training's", "one transform", "a sequence", "nested", "at times nothing"],
+)  # fmt: skip
+def test_a_batch_is_what_the_pipeline_itself_returns_for_each_image(transform):
+    split = synthetic_cifar10(40, 10)[0]
+    at_times_nothing = isinstance(transform, A.Compose) and transform.p < 1
+    loader = make_loader(split, 40, train=not at_times_nothing, seed=3, transform=transform)
+    ((images, _),) = loader
+    order, seed = next(iter(loader.sampler))
+    transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    for image, index in zip(images.numpy(), order, strict=True):
+        original = split.images[index] if at_times_nothing else np.pad(split.images[index], ((4, 4), (4, 4), (0, 0)))
+        assert np.array_equal(image, transform(image=original)["image"])
 
 
 def test_nested_transforms_are_augmented_alike_for_any_number_of_workers():
