@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -324,8 +325,9 @@ def fit(
 ):
     """Train `model` in place as `config` says, testing after every epoch.
 
-    The test accuracy is shown and chooses nothing: there is no early stopping and no best epoch. Ctrl-C ends
-    training with the history so far. The seed also sets PyTorch's global random state, which dropout draws from.
+    The test accuracy is shown and chooses nothing: there is no early stopping and no best epoch. Ctrl-C ends training
+    with history and weights as they were after the last whole epoch (in the first of this call: with the weights of
+    the moment). The seed also sets PyTorch's global random state, which dropout draws from.
 
     checkpoint_dir: a folder for checkpoints, one after each epoch and one every checkpoint_minutes within it. Where
     it holds some already, training goes on from the last good one, and a finished run is only shown again; on one
@@ -357,6 +359,7 @@ def fit(
     print()
     run.print_log()
     saved = time.monotonic()
+    whole = None  # the weights after the last whole epoch
 
     def save():
         nonlocal saved
@@ -376,11 +379,14 @@ def fit(
         with kernels(config):
             while run.epoch < config.epochs:
                 run.train_epoch(save_if_due)
+                whole = deepcopy(model.state_dict())
                 if checkpoint_dir is not None:
                     save()
     except KeyboardInterrupt:
+        if whole:
+            model.load_state_dict(whole)
         print(f"\nInterrupted in epoch {run.epoch + 1}: the history holds the {run.epoch} before it, the weights are "
-              "those of this moment.", flush=True)  # fmt: skip
+              f"those {'after them' if whole else 'of this moment'}.", flush=True)  # fmt: skip
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):  # what a transform raises in a worker is another's fault
             raise

@@ -284,19 +284,27 @@ def test_the_batch_size_follows_the_device_unless_it_is_set(synthetic, capsys):
     assert " 3/3 " in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_training_with_the_history_so_far(synthetic, capsys):
+@pytest.mark.parametrize("at, whole", [(4, 0), (10, 1)])  # an epoch is 5 batches of training and 1 of testing
+def test_ctrl_c_ends_training_with_history_and_weights_of_the_last_whole_epoch(synthetic, capsys, at, whole):
     class Interrupted(Linear):
         passes = 0
 
         def forward(self, x):
             self.passes += 1
-            if self.passes == 12:  # an epoch is 5 training batches and 1 of testing: in the middle of the second
+            if self.passes == at:
                 signal.raise_signal(signal.SIGINT)
             return super().forward(x)
 
-    history = fit(Interrupted(), *synthetic, Config(epochs=5, batch_size=64), "cpu")
-    assert all(len(values) == 1 for values in history.values())
-    assert "Interrupted in epoch 2" in capsys.readouterr().out
+    model = Interrupted()
+    history = fit(model, *synthetic, Config(epochs=5, batch_size=64), "cpu")
+    assert all(len(values) == whole for values in history.values())
+    printed = capsys.readouterr().out
+    assert f"Interrupted in epoch {whole + 1}: the history holds the {whole} before it" in printed
+    if whole:
+        tested = utils.test(model, make_loader(synthetic[1], 500, train=False), Config(), CPU)
+        assert tested == (history["test_loss"][-1], history["test_accuracy"][-1]) and "those after them" in printed
+    else:
+        assert not torch.equal(model.dense.weight, Linear().dense.weight) and "those of this moment" in printed
 
 
 # -- the record ----------------------------------------------------------------------------------------------------
