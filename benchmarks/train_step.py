@@ -53,7 +53,7 @@ def our_loop(images, labels, device, steps, config):
 
 
 def main():
-    options = make_benchmark_parser(__doc__.splitlines()[0], steps=10, rounds=9, batch_size=128).parse_args()
+    options = make_benchmark_parser(__doc__.splitlines()[0], steps=10, rounds=31, batch_size=128).parse_args()
     split = training_images(options, options.batch_size)
     batch = evenly(split, options.batch_size)
     images, labels = torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
