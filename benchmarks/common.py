@@ -14,9 +14,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from checkpoint import device_name, package_versions, project_commit, write_file
-from cifar10 import DatasetUnavailable, Split, load_cifar10
-from config import get_device
+from session8.checkpoint import device_name, package_versions, project_commit, write_file
+from session8.config import get_device
+from session8.data import DatasetUnavailable, Split, load_cifar10
 
 SAVED = ROOT / "results" / "benchmarks"
 HELP = {

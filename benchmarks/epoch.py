@@ -14,9 +14,9 @@ import sys
 import torch
 from common import evenly, in_turn, make_benchmark_parser, ratio, real_splits, report, training_images
 
-from config import Config, memory_format
 from model_AC import AdvancedCNN
-from utils import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
+from session8.config import Config, memory_format
+from session8.training import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
 
 
 def sides_of(split, config, device, workers):

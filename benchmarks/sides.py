@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from cifar10 import MEAN, STD
-from loaders import PADDING, make_loader
-from utils import normalize
+from session8.data import MEAN, STD
+from session8.loaders import PADDING, make_loader
+from session8.training import normalize
 
 
 class Ours:

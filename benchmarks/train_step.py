@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
 
-from cifar10 import MEAN, STD
-from config import Config, memory_format, mixed_precision
 from model_AC import AdvancedCNN
-from utils import kernels, make_optimizer, make_scaler, train_step
+from session8.config import Config, memory_format, mixed_precision
+from session8.data import MEAN, STD
+from session8.training import kernels, make_optimizer, make_scaler, train_step
 
 
 def plain_loop(images, labels, device, steps):

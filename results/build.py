@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
-from config import RECIPES, Config
-from plots import BLUE, ORANGE
+from session8.config import RECIPES, Config
+from session8.plots import BLUE, ORANGE
 
 README = RESULTS.parent / "README.md"
 MARKS = {

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import cifar10
-import utils
-from checkpoint import save_checkpoint
 from model_AC import AdvancedCNN
+from session8 import data as cifar10
+from session8 import training as utils
+from session8.checkpoint import save_checkpoint
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["children"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fakes import official_archive
 
-import cifar10
+from session8 import data as cifar10
 
 # The networks of the tests are too small for threads to pay, and beside another job those would wait for each other.
 torch.set_num_threads(1)

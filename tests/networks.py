@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cifar10 import MEAN, STD
 from model_AC import AdvancedCNN
-from utils import Config
+from session8.data import MEAN, STD
+from session8.training import Config
 
 CPU = torch.device("cpu")
 EXACT = Config(epochs=1, batch_size=32, precision="float32")

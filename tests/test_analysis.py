@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from networks import CPU, EXACT, Linear, small_network
 from torch import nn
 
-import plots
-import utils
-from analysis import (
+from session8 import plots
+from session8 import training as utils
+from session8.analysis import (
     calibration,
     class_accuracy,
     collect_logits,
@@ -19,8 +19,8 @@ from analysis import (
     misclassified,
     most_confused,
 )
-from cifar10 import CLASSES
-from utils import make_loader, normalize
+from session8.data import CLASSES
+from session8.training import make_loader, normalize
 
 
 def outputs(*rows):

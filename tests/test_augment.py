@@ -11,10 +11,10 @@ import torch
 from fakes import position_coded
 from scipy.stats import chi2_contingency, chisquare
 
-import utils
-from cifar10 import MEAN, Split, synthetic_cifar10
 from model_AC import AdvancedCNN
-from utils import augment, make_loader
+from session8 import training as utils
+from session8.data import MEAN, Split, synthetic_cifar10
+from session8.training import augment, make_loader
 
 
 def read_positions(images):

@@ -18,9 +18,9 @@ from fakes import class_folders, position_coded
 from resnet20 import ResNet20
 from sides import SIDES
 
-from checkpoint import count_macs, load_model
-from cifar10 import MEAN, STD, Split
-from utils import Config
+from session8.checkpoint import count_macs, load_model
+from session8.data import MEAN, STD, Split
+from session8.training import Config
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(common.__file__).parent
@@ -114,7 +114,7 @@ def test_what_is_told_is_of_one_step(monkeypatch, synthetic):
 
 
 def test_limit_takes_as_many_steps_as_an_epoch(synthetic, monkeypatch, capsys):
-    import utils
+    from session8 import training as utils
 
     sizes = []
     step = utils.train_step

@@ -81,7 +81,7 @@ def test_colab_bad_input_refused_mount(drive, tmp_path):
 
 
 def test_colab_bad_input_missing_sibling_file(drive, tmp_path):
-    (drive / "utils.py").unlink()
+    (drive / "session8.training.py").unlink()
     with pytest.raises(Exception, match=r"PROJECT_DIR is .*cifar10, which lacks utils.py: copy the whole project"):
         run_in_colab(tmp_path, cells=2)
 

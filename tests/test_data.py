@@ -11,8 +11,17 @@ import pytest
 from fakes import class_folders, official_archive, official_batches
 from PIL import Image
 
-import cifar10
-from cifar10 import CLASSES, MEAN, STD, DatasetUnavailable, Split, load_cifar10, synthetic_cifar10, validation_split
+from session8 import data as cifar10
+from session8.data import (
+    CLASSES,
+    MEAN,
+    STD,
+    DatasetUnavailable,
+    Split,
+    load_cifar10,
+    synthetic_cifar10,
+    validation_split,
+)
 
 
 def assert_same_images(loaded, expected):

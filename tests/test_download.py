@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-import cifar10
-from cifar10 import ARCHIVE, DatasetUnavailable, load_cifar10
+from session8 import data as cifar10
+from session8.data import ARCHIVE, DatasetUnavailable, load_cifar10
 
 
 def leftovers(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
 
-from cifar10 import MEAN, STD, Split
-from dry_run import _suggest, estimate_seconds, lr_range_test
-from utils import Config, make_loader
+from session8.data import MEAN, STD, Split
+from session8.lr_finder import _suggest, estimate_seconds, lr_range_test
+from session8.training import Config, make_loader
 
 
 def test_estimate_leaves_everything_as_it_was(synthetic):
@@ -23,7 +23,7 @@ def test_estimate_leaves_everything_as_it_was(synthetic):
 
 def test_estimate_is_of_all_steps_of_all_epochs(synthetic, monkeypatch):
     ticks = count(step=0.5)  # seconds: so long each step takes
-    monkeypatch.setattr("dry_run.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("session8.lr_finder.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     # 300 training images make 60 batches of 5, of which 30 are timed; the 100 test images make one.
     assert estimate_seconds(Linear(), *synthetic, Config(epochs=3, batch_size=5), "cpu") == 3 * (60 + 1) * 0.5
 

@@ -16,11 +16,11 @@ import torch
 from fakes import official_archive
 from networks import small_network
 
-import cifar10
-import utils
-from checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint, save_model
 from model_AC import AdvancedCNN
-from utils import Config, TrainingDiverged, fit
+from session8 import data as cifar10
+from session8 import training as utils
+from session8.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint, save_model
+from session8.training import Config, TrainingDiverged, fit
 
 if os.name == "posix":
     import children

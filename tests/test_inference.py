@@ -12,8 +12,8 @@ from networks import Linear, small_network
 from PIL import Image, ImageOps
 from torch import nn
 
-from cifar10 import CLASSES
-from inference import export_onnx, predict
+from session8.data import CLASSES
+from session8.inference import export_onnx, predict
 
 
 @pytest.fixture(scope="module")

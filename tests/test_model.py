@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoint import count_macs
 from model_AC import STEM_STD, AdvancedCNN
-from utils import normalize
+from session8.checkpoint import count_macs
+from session8.training import normalize
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-import plots
-from analysis import CamPair, Misclassified, calibration, class_accuracy, confusion_matrix, most_confused
-from cifar10 import CLASSES, synthetic_cifar10
-from dry_run import LRRange
-from inference import Prediction
-from utils import Config, augment
+from session8 import plots
+from session8.analysis import CamPair, Misclassified, calibration, class_accuracy, confusion_matrix, most_confused
+from session8.data import CLASSES, synthetic_cifar10
+from session8.inference import Prediction
+from session8.lr_finder import LRRange
+from session8.training import Config, augment
 
 HISTORY = {
     "train_loss": [1.5, 1.0, 0.75], "test_loss": [1.25, 0.9, 0.8125], "train_accuracy": [40.0, 60.0, 71.25],

@@ -8,10 +8,10 @@ import build
 import pytest
 from PIL import Image
 
-from analysis import collect_logits
-from checkpoint import count_macs, load_model
-from config import Config
 from model_AC import AdvancedCNN
+from session8.analysis import collect_logits
+from session8.checkpoint import count_macs, load_model
+from session8.config import Config
 
 
 @pytest.fixture(scope="module")

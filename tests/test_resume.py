@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import loaders
-import utils
-from checkpoint import CheckpointError, load_checkpoint, load_model, save_model
-from cifar10 import Split, synthetic_cifar10
 from model_AC import AdvancedCNN
-from utils import Config, fit, run_folder
+from session8 import checkpoint, loaders
+from session8 import training as utils
+from session8.checkpoint import CheckpointError, load_checkpoint, load_model, save_model
+from session8.data import Split, synthetic_cifar10
+from session8.training import Config, fit, run_folder
 
 RECIPE = Config.one_cycle(epochs=3, batch_size=25, lr=0.02)  # 12 batches an epoch
 

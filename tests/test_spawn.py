@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-import utils
+from session8 import training as utils
 from model_AC import AdvancedCNN
 
 if __name__ == "__main__":

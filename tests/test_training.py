@@ -7,11 +7,11 @@ import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
 
-import utils
-from checkpoint import describe_record, write_record
-from cifar10 import MEAN, STD, Split
 from model_AC import AdvancedCNN
-from utils import Config, fit, get_device, make_loader, normalize
+from session8 import training as utils
+from session8.checkpoint import describe_record, write_record
+from session8.data import MEAN, STD, Split
+from session8.training import Config, fit, get_device, make_loader, normalize
 
 # -- the recipe ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def test_a_step_in_float16_is_that_in_float32_but_for_rounding(synthetic, monkey
     images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
     config, weights, types = Config(lr=0.5, momentum=0), [], []
     for dtype in (torch.float32, torch.float16):
-        for module in ("config", "utils"):
+        for module in ("session8.config", "session8.training"):
             half = dtype if dtype is torch.float16 else None
             monkeypatch.setattr(f"{module}.mixed_precision", lambda *_, half=half: half)
         model, scaler = Linear(), utils.make_scaler(config, CPU)
@@ -330,7 +330,7 @@ def test_a_record_of_a_run_that_is_shown_again_is_left_as_it_is(synthetic, tmp_p
     history = {"train_accuracy": [10.0], "test_accuracy": [10.0], "seconds": [1.23]}
     arguments = (tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
     first = write_record(*arguments)
-    monkeypatch.setattr("checkpoint.device_name", lambda _: "another machine")
+    monkeypatch.setattr("session8.checkpoint.device_name", lambda _: "another machine")
     assert write_record(*arguments) == first
     history["seconds"] = [1.24]
     assert write_record(*arguments)["device"] == "another machine"

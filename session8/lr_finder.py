@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils import Run, autocast, get_device, kernels, normalize, train_step
+from session8.training import Run, autocast, get_device, kernels, normalize, train_step
 
 
 def estimate_seconds(model, train_split, test_split, config, device=None):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import CLASSES, Config, autocast, get_device, make_loader, memory_format, normalize
+from session8.training import CLASSES, Config, autocast, get_device, make_loader, memory_format, normalize
 
 # -- numbers, all from one pass over a split -----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cifar10 import MEAN, Split
+from session8.data import MEAN, Split
 
 PADDING = 4  # zero pixels on each side of a training image, for the random crop
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from analysis import collect_logits
-from cifar10 import CLASSES, Split
-from config import Config
-from utils import normalize
+from session8.analysis import collect_logits
+from session8.config import Config
+from session8.data import CLASSES, Split
+from session8.training import normalize
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
