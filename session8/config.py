@@ -1,169 +1,103 @@
-"""The recipe, and what a device makes of it."""
+"""The recipe: the hyperparameters of training in one frozen dataclass."""
 
-import os
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 
-RECIPES = ("default", "one_cycle")
+# Named recipes: changes to the defaults of `Config`.
+RECIPES = {
+    "default": {},
+    # One-cycle schedule (Smith 2018, arXiv:1803.09820). Weight decay, label smoothing and cutout replace dropout.
+    "one_cycle": dict(
+        schedule="one_cycle", lr=0.1, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, cutout=8, dropout=0.0
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the recipe. The defaults are plain SGD at a constant rate; `Config.one_cycle()` is the second
-    recipe.
+    """A training recipe. The defaults are plain SGD at a constant learning rate.
 
-    batch_size: None is 128 on an accelerator and 64 on a CPU. lr: the rate, or the peak of the "one_cycle" schedule,
-    which rises linearly over the fraction `warmup` of training and then falls linearly to 0. weight_decay: on
-    weights only, not on biases and batch norm. label_smoothing: the share of the target spread over all classes.
-    cutout: the side, in pixels, of a square painted over in each training image; 0 for none. dropout: what the
-    network is to be made with, `AdvancedCNN(dropout=config.dropout)`; ResNet-20 has none in any case.
-    precision: "auto" is mixed precision where the hardware has it (see `mixed_precision`), "float32" is never.
-    deterministic: ask PyTorch for deterministic kernels, at some cost in speed; a CPU's are so in any case.
-    Raises ValueError on construction, naming the value and what is expected.
+    Raises ValueError if a value is out of range, TypeError if it is not a number.
     """
 
     epochs: int = 40
+    """Passes over the training images."""
     batch_size: int | None = None
+    """Images per step. None: 128 on an accelerator, 64 on a CPU."""
     lr: float = 0.01
+    """Learning rate; for the one_cycle schedule, its peak."""
     momentum: float = 0.9
+    """Momentum of SGD."""
     nesterov: bool = False
+    """Use Nesterov momentum."""
     weight_decay: float = 0.0
+    """L2 penalty on weights; not applied to biases and batch norm."""
     label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
     cutout: int = 0
+    """Side in pixels of the square erased in each training image; 0: none."""
     dropout: float = 0.1
-    schedule: str = "constant"
+    """Dropout of the network: AdvancedCNN(dropout=config.dropout)."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    """Constant, or a linear rise to lr followed by a linear decay to 0."""
     warmup: float = 0.25
-    precision: str = "auto"
+    """Fraction of training in which the one_cycle schedule rises."""
+    precision: Literal["auto", "float32"] = "auto"
+    """auto: 16-bit autocast where the hardware supports it."""
     deterministic: bool = False
+    """Use deterministic CUDA kernels, at some cost in speed."""
     seed: int = 0
+    """Seed of order, augmentation and dropout."""
 
     def __post_init__(self):
-        def check(name, valid, expected):
+        # Plain Python numbers: a checkpoint that holds NumPy scalars cannot be read with weights_only=True.
+        kinds = {int: operator.index, float: float, int | None: lambda n: n if n is None else operator.index(n)}
+        for field in fields(self):
+            value, convert = getattr(self, field.name), kinds.get(field.type)
+            if convert:
+                try:
+                    object.__setattr__(self, field.name, convert(value))
+                except (TypeError, ValueError) as error:
+                    kind = "a number" if field.type is float else "an integer"
+                    raise type(error)(f"{field.name} is {value!r}; expected {kind}") from None
+        ranges = {
+            "epochs": (self.epochs >= 1, "at least 1, for instance 40"),
+            "batch_size": (self.batch_size is None or self.batch_size >= 1, "at least 1, or None"),
+            "lr": (0 < self.lr < float("inf"), "a positive number, for instance 0.01"),
+            "momentum": (0 <= self.momentum < 1, "0 <= momentum < 1, for instance 0.9"),
+            "nesterov": (not self.nesterov or self.momentum > 0, "False if momentum is 0"),
+            "weight_decay": (0 <= self.weight_decay < float("inf"), "0 or more, for instance 5e-4"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1, for instance 0.1"),
+            "cutout": (0 <= self.cutout <= 32, "0 (none) to 32 pixels, for instance 8"),
+            "dropout": (0 <= self.dropout < 1, "0 <= dropout < 1, for instance 0.1"),
+            "schedule": (self.schedule in ("constant", "one_cycle"), "'constant' or 'one_cycle'"),
+            "warmup": (0 < self.warmup < 1, "0 < warmup < 1, for instance 0.25"),
+            "precision": (self.precision in ("auto", "float32"), "'auto' or 'float32'"),
+            "seed": (0 <= self.seed < 2**63, "0 <= seed < 2**63"),
+        }
+        for name, (valid, expected) in ranges.items():
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
-        def whole(value):
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        numbers = ("lr", "momentum", "weight_decay", "label_smoothing", "dropout", "warmup")
-        for name in numbers:
-            check(name, isinstance(getattr(self, name), int | float), "a number")
-        check("epochs", whole(self.epochs) and self.epochs >= 1, "a whole number of at least 1, for instance 40")
-        if self.batch_size is not None:
-            check(
-                "batch_size", whole(self.batch_size) and self.batch_size >= 1, "a whole number of at least 1, or None"
-            )
-        check("lr", 0 < self.lr < float("inf"), "a positive number, for instance 0.01")
-        check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1, for instance 0.9")
-        check("nesterov", not self.nesterov or self.momentum > 0, "False when momentum is 0")
-        check("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more, for instance 5e-4")
-        check("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1, for instance 0.1")
-        check("cutout", whole(self.cutout) and 0 <= self.cutout <= 32, "a side from 0 (none) to 32 pixels")
-        check("dropout", 0 <= self.dropout < 1, "a share from 0 to below 1, for instance 0.1")
-        check("schedule", self.schedule in ("constant", "one_cycle"), "'constant' or 'one_cycle'")
-        check("warmup", 0 < self.warmup < 1, "a fraction between 0 and 1, for instance 0.25")
-        check("precision", self.precision in ("auto", "float32"), "'auto' or 'float32'")
-        check("seed", whole(self.seed) and 0 <= self.seed < 2**63, "a whole number of at least 0")
-        for name in numbers:
-            # Plain floats, since NumPy's would be refused when a checkpoint is read.
-            object.__setattr__(self, name, float(getattr(self, name)))
-
-    @classmethod
-    def one_cycle(cls, **changes):
-        """The second recipe: a one-cycle schedule (Smith 2018, arXiv:1803.09820), Nesterov momentum, and weight decay,
-        label smoothing and cutout in the place of dropout. `changes` override its numbers."""
-        recipe = dict(schedule="one_cycle", lr=0.1, nesterov=True)
-        regularisation = dict(weight_decay=5e-4, label_smoothing=0.1, cutout=8, dropout=0.0)
-        return cls(**{**recipe, **regularisation, **changes})
-
     @classmethod
     def named(cls, recipe, **changes):
-        """The recipe called "default" or "one_cycle", with `changes`. Raises ValueError for another name."""
+        """Return the recipe of this name ("default" or "one_cycle") with `changes` applied.
+
+        Raises ValueError for an unknown name or a value out of range.
+        """
         if recipe not in RECIPES:
             raise ValueError(f"recipe is {recipe!r}; expected one of {', '.join(map(repr, RECIPES))}")
-        return cls(**changes) if recipe == "default" else getattr(cls, recipe)(**changes)
+        return cls(**{**RECIPES[recipe], **changes})
 
     def batch_size_on(self, device):
-        """The batch size that the recipe comes to on `device`, a torch.device."""
-        return self.batch_size or (64 if device.type == "cpu" else 128)
+        """Return the number of images per step on `device`, a torch.device or a string."""
+        return self.batch_size or (64 if torch.device(device).type == "cpu" else 128)
 
     def lr_at(self, progress):
-        """The learning rate at `progress`, the fraction of training done, from 0 to 1."""
+        """Return the learning rate at `progress`, the fraction of training that is done, in [0, 1]."""
         if self.schedule == "constant":
             return self.lr
         return self.lr * min(progress / self.warmup, (1 - progress) / (1 - self.warmup))
-
-
-def get_device(device=None):
-    """The device to train on: the one named ("cuda", "mps", "cpu", ...), or the first of those three that is there.
-
-    Returns a torch.device. Raises ValueError for a device that is unknown or not on this machine.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None:
-        return torch.device(next(name for name, available in there.items() if available))
-    remedy = f"on this machine there is {', '.join(name for name, available in there.items() if available)}"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, which PyTorch does not know: {remedy}") from error
-    if not there.get(found.type) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device is {device!r}, which is not to be had: {remedy}")
-    return found
-
-
-def mixed_precision(config, device):
-    """The 16-bit type that `device` computes convolutions in, or None where only float32 pays.
-
-    bfloat16 on CUDA where the GPU really has it and on CPUs with AMX tiles for it, float16 on other CUDA devices.
-    Weights and optimizer stay in float32 always.
-    """
-    if config.precision == "float32":
-        return None
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu":
-        # Older releases of PyTorch cannot tell; without AMX, bfloat16 on a CPU is slower than float32.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return torch.bfloat16 if capabilities.get("amx_bf16") else None
-    return None
-
-
-def autocast(config, device):
-    """The context for a forward pass: in the 16-bit type that `mixed_precision` names, if it names one."""
-    dtype = mixed_precision(config, device)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def memory_format(device):
-    """How batches of images lie in the memory of `device`, a torch.device: channels_last, fastest to convolve.
-
-    But not on MPS, where the gradients of batch norm are then wrong in many releases (PyTorch's issue 175189).
-    """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-@contextmanager
-def kernels(config):
-    """Have PyTorch use deterministic kernels, or else the fastest that cuDNN finds; its settings are put back after.
-
-    An operation that has no deterministic kernel warns and runs all the same. What stays is the environment variable
-    CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once.
-    """
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark = torch.backends.cudnn.benchmark
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS demands for it
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.backends.cudnn.benchmark = benchmark

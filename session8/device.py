@@ -1,0 +1,119 @@
+"""The device to compute on, and how: precision, memory format and kernel settings."""
+
+import os
+import platform
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+
+def get_device(device=None):
+    """Return the torch.device to use: `device` if given, else the first available of CUDA, MPS and CPU.
+
+    device: a torch.device or its name, for instance "cuda:1". Raises ValueError if it is unknown or not available.
+    """
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name, there in usable.items() if there]
+    if device is None:
+        return torch.device(available[0])
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, which is unknown; available: {', '.join(available)}") from error
+    if found.type not in available or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device is {device!r}, which is not available; available: {', '.join(available)}")
+    return found
+
+
+def amp_dtype(precision, device):
+    """Return the dtype that autocast uses on `device`, or None for float32 throughout.
+
+    With precision "auto": bfloat16 on CUDA GPUs that compute in it, float16 on other CUDA GPUs, bfloat16 on CPUs
+    with AMX. Weights and optimizer state are float32 in every case.
+    """
+    device = torch.device(device)
+    if precision == "float32":
+        return None
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # missing in older releases
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
+    return None
+
+
+def autocast(precision, device):
+    """Return the context of a forward pass in `amp_dtype(precision, device)`."""
+    dtype = amp_dtype(precision, device)
+    return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
+
+
+def memory_format(device):
+    """Return the memory format of image batches on `device`: channels_last, except on MPS.
+
+    On MPS the gradients of batch norm are wrong with channels_last in several releases (pytorch/pytorch#175189).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+@contextmanager
+def backend_flags(config):
+    """Set PyTorch's global flags as `config` asks, and restore them on exit.
+
+    precision="float32" turns TF32 off in cuDNN's convolutions. deterministic=True selects deterministic kernels; an
+    operation without one warns and runs. Otherwise cuDNN benchmarks its kernels. The environment variable
+    CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once, stays set.
+    """
+    cudnn = torch.backends.cudnn
+    # Setting both the old and the new flag raises an error (pytorch/pytorch#179445).
+    conv, flag, ieee = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
+    before = getattr(conv, flag), cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if config.precision == "float32":
+            setattr(conv, flag, ieee)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.benchmark = not config.deterministic
+        yield
+    finally:
+        setattr(conv, flag, before[0])
+        cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def arithmetic(precision, device):
+    """Return in words how convolutions are computed, for logs and records: "bfloat16", "float32", ..."""
+    dtype = amp_dtype(precision, device)
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+def device_name(device):
+    """Return the name of the GPU, or of the processor with the number of threads that PyTorch uses."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux platform.processor() is empty
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {'GPU (MPS)' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
+
+
+def synchronize(device):
+    """Wait until `device` has finished its queued work."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def available_cores():
+    """Return the number of cores that this process may use, which in a container can be fewer than the host's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
