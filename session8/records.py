@@ -1,0 +1,165 @@
+"""The identity of a run, which names its folder, and its record."""
+
+import hashlib
+import inspect
+import json
+import platform
+import subprocess
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from session8.checkpoint import write_file
+from session8.device import arithmetic, device_name
+
+# The files of the package that shape the result of a run; the network's file is added for each model.
+SOURCES = ("config.py", "augment.py", "loaders.py", "training.py")
+
+
+# -- identity ------------------------------------------------------------------------------------------------------
+
+
+def run_identity(model, train_split, test_split, config, device, optimizer, transform):
+    """Return what defines a run, as a dict of plain values. Source code is not part of it: see `source_hashes`."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return {
+        "config": asdict(config),
+        "batch size on the device": config.batch_size_on(device),
+        "network": f"{type(model).__name__} with {count_parameters(model):,} parameters, shapes {short_hash(shapes)}",
+        "optimizer": type(optimizer).__name__,
+        "data": data_fingerprint(train_split, test_split),
+        "augmentation": " ".join(repr(transform).split()),
+    }
+
+
+def short_hash(value):
+    """Return eight hexadecimal digits of a SHA-256 of a plain value, such as an identity."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def data_fingerprint(train_split, test_split):
+    """Return the first 16 hexadecimal digits of a SHA-256 of the images and labels of both splits, in order."""
+    digest = hashlib.sha256()
+    for array in (train_split.images, train_split.labels, test_split.images, test_split.labels):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.data if array.flags.c_contiguous else array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# -- environment ---------------------------------------------------------------------------------------------------
+
+
+def environment(model, config, device):
+    """Return the training environment: device, arithmetic, versions, commit, source hashes and the time."""
+    return {
+        "device": device_name(device),
+        "arithmetic": arithmetic(config.precision, device),
+        "versions": package_versions(),
+        "commit": project_commit(),
+        "sources": source_hashes(model),
+        "finished": utc_now(),
+    }
+
+
+def utc_now():
+    """Return the time in UTC, in ISO format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def source_hashes(model):
+    """Return the SHA-256 of each source file that shapes the result: {file name: hexadecimal digits}."""
+    files = [Path(__file__).with_name(name) for name in SOURCES]
+    with suppress(OSError, TypeError):  # a class defined in a notebook cell has no file
+        files.insert(0, Path(inspect.getfile(type(model))))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+@cache
+def package_versions():
+    """Return the versions of Python and of the packages that shape the result: {name: version}."""
+    packages = ("torch", "torchvision", "albumentations", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def project_commit():
+    """Return the project's commit, with "-dirty" appended if files have changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# -- the record ----------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model):
+    """Return the number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model):
+    """Return the multiply-accumulates (MACs) of a forward pass on one (3, 32, 32) image.
+
+    Counts convolutions and matrix products. The model and the random states are unchanged.
+    """
+    copy = deepcopy(model).cpu().eval()  # in training mode the pass would update batch norm's statistics
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy(torch.zeros(1, 3, 32, 32))
+    return counter.get_total_flops() // 2
+
+
+def write_record(path, model, train_split, test_split, config, history, device):
+    """Write the record of a run as JSON, atomically, and return it as a dict.
+
+    Fields:
+        model, width, parameters, macs: class name and size of the network; MACs are per image.
+        data, data_fingerprint, n_train, n_test: the source of the images, which says if they are synthetic.
+        config, batch_size: the recipe, and the batch size on the device.
+        history: as returned by `fit`; accuracies in percent, seconds per epoch.
+        seconds: of the whole training, tests included.
+        parts: the uninterrupted parts of the run, each with its range of epochs and its `environment`. A run from start
+            to end has one.
+        device, arithmetic, versions, commit, sources, finished: those of the last part.
+    """
+    parts = history.get("parts") or [environment(model, config, device)]
+    record = {
+        "model": type(model).__name__,
+        "width": getattr(model, "width", None),
+        "parameters": count_parameters(model),
+        "macs": count_macs(model),
+        "data": test_split.source,
+        "data_fingerprint": data_fingerprint(train_split, test_split),
+        "n_train": len(train_split),
+        "n_test": len(test_split),
+        "config": asdict(config),
+        "batch_size": config.batch_size_on(device),
+        "history": {name: values for name, values in history.items() if name != "parts"},
+        "seconds": round(sum(history["seconds"]), 1),
+        **{name: value for name, value in parts[-1].items() if name != "epochs"},
+        "parts": parts,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(record, indent=1).encode())
+    return record
+
+
+def describe_record(record):
+    """Return a one-line summary of a record: epochs, data, device, time and the last epoch's accuracies."""
+    history = record["history"]
+    train, test = (
+        f"{history[name][-1]:.2f} %" if history[name] else "none" for name in ("train_accuracy", "test_accuracy")
+    )
+    return (
+        f"{len(history['seconds'])} of {record['config']['epochs']} epochs on {record['data']}, {record['device']}, "
+        f"in {record['seconds'] / 60:.1f} minutes: train {train}, test {test}"
+    )
