@@ -1,4 +1,4 @@
-"""The network: AdvancedCNN (hence the file's name), a small CNN for 32 by 32 images."""
+"""AdvancedCNN: a small convolutional network for 32 by 32 images."""
 
 from itertools import pairwise
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# How much 2 by 2 patches of CIFAR-10's training images, normalised, vary along each of the stem's filters: standard
-# deviations, a row for each mixture of colours and a column for each pattern (see `_whitening`).
+# Standard deviation of the response of each unscaled filter of the stem to the normalised training images of CIFAR-10:
+# one row per colour direction, one column per spatial pattern (see `_whitening_filters`).
 STEM_STD = [
     [3.1705, 0.6279, 0.5754, 0.2351],
     [0.9112, 0.1296, 0.1193, 0.0407],
@@ -16,38 +16,33 @@ STEM_STD = [
 
 
 class AdvancedCNN(nn.Module):
-    """A CNN that looks at the fine grid briefly and thinks on the coarse one.
+    """A residual CNN with a fixed whitening stem and three stages. At width 1: 1.05 M parameters, 39.5 M MACs.
 
-    Float (B, 3, 32, 32) in, normalised per channel; log-probabilities, float (B, num_classes), out. At width 1 it
-    has 1.05 M parameters and takes 39.5 M multiply-accumulates an image.
+    ======== =========== =============== ======
+    layer    output      receptive field M MACs
+    ======== =========== =============== ======
+    stem     24 x 31 x 31              2    0.3
+    block 1  32 x 15 x 15             13   10.8
+    block 2  96 x 7 x 7               35   14.3
+    block 3  192 x 3 x 3              79   14.1
+    head     10              whole image    0.0
+    ======== =========== =============== ======
 
-        part     output             receptive field  M multiply-accumulates
-        stem     24 x 31 x 31               2                0.3
-        block 1  32 x 15 x 15              13               10.8
-        block 2  96 x 7 x 7                35               14.3
-        block 3  192 x 3 x 3               79               14.1
-        head     10                    the image             0.0
+    - The stem is a 2 by 2 convolution without padding. Its filters are fixed: they whiten each patch, so that the
+      following layers receive decorrelated inputs of equal variance. Its 31 by 31 output halves to 15, 7 and 3.
+    - Each block is a `ResidualBlock`. Max pooling follows the first convolution directly, so that the rest of the
+      block works on a quarter of the positions.
+    - Convolutions start as the identity on their input channels (Dirac initialisation).
+    - Batch norm replaces the biases of the blocks' convolutions. Global average pooling keeps the head small.
+    - Dropout acts before the head, and on whole channels after each block (Tompson et al. 2015, arXiv:1411.4280).
 
-    Why so:
-    - The stem is a 2 by 2 convolution without padding: its 31 by 31 output halves to 15, 7 and 3 with little work on
-      padding. Its filters are fixed: they take a patch apart into brightness, colour and edges, and scale each to
-      the same variance. Neighbouring pixels say nearly the same, and the layers behind learn faster from what is new.
-    - Each block is convolution, max-pooling, batch norm and GELU, and then two more convolutions beside a shortcut
-      (He et al. 2015, arXiv:1512.03385). The pooling comes straight after the first convolution, so that everything
-      behind it sees a quarter of the pixels; the others work on what the pooling kept.
-    - These convolutions begin as the identity on as many channels as come in (Dirac initialisation), and random on the
-      rest: at first, each passes on what it receives. (The shape of the network, whitening and identity are those of
-      Jordan 2024, arXiv:2404.00498; sizes, the whitening's basis, head and training are others.)
-    - Width grows where pixels are few: a weight in block 3 is used on a twentieth of the positions of one in block 1.
-      A 3 by 3 grid is left, of which each position sees (nearly) the whole image.
-    - Batch norm takes the place of the blocks' biases, and keeps the scale of what each layer receives.
-    - Global average pooling makes the head small and indifferent to position.
-    - Dropout before the dense layer, and of whole channels after each block (Tompson et al. 2015, arXiv:1411.4280),
-      makes it harder to learn the training images by heart.
+    Whitening, identity initialisation and the layout of the blocks follow Jordan (2024, arXiv:2404.00498); the
+    whitening basis, the sizes and the head differ.
 
-    num_classes: how many outputs. dropout: the share of features dropped before the dense layer, from 0 to below 1;
-    half of it is the share of channels dropped after each block. width: multiplies the blocks' widths. Raises
-    ValueError for values out of range.
+    dropout: probability of dropping a feature before the head, in [0, 1); blocks drop channels with half of it. width:
+    factor on the number of channels of the blocks. Raises ValueError if an argument is out of range.
+
+    Shape: float (B, 3, 32, 32), normalised per channel, to log-probabilities, float (B, num_classes).
     """
 
     def __init__(self, num_classes=10, dropout=0.1, width=1.0):
@@ -55,29 +50,64 @@ class AdvancedCNN(nn.Module):
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; expected at least 2")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; expected a share from 0 to below 1, for instance 0.1")
-        if width <= 0:
-            raise ValueError(f"width is {width}; expected a positive factor, for instance 1.0")
+            raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1, for instance 0.1")
+        if not width > 0:
+            raise ValueError(f"width is {width}; expected a positive number, for instance 1.0")
         self.width = width
-        widths = [max(24, round(width * channels / 8) * 8) for channels in (32, 96, 192)]
+        self.arguments = {"num_classes": num_classes, "dropout": dropout, "width": width}
+        channels = [24, *(max(24, round(width * n / 8) * 8) for n in (32, 96, 192))]
         self.stem = nn.Sequential(nn.Conv2d(3, 24, kernel_size=2), nn.GELU())
-        self.stem[0].weight = nn.Parameter(_whitening(), requires_grad=False)
-        self.blocks = nn.Sequential(*(_Block(i, o, dropout / 2) for i, o in pairwise([24, *widths])))
+        self.stem[0].weight = nn.Parameter(_whitening_filters(), requires_grad=False)
+        self.blocks = nn.Sequential(*(ResidualBlock(i, o, dropout / 2) for i, o in pairwise(channels)))
         self.dropout = nn.Dropout(dropout)
-        self.dense = nn.Linear(widths[-1], num_classes)
+        self.head = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x):
         x = self.blocks(self.stem(x))
         x = x.mean(dim=(2, 3))  # global average pooling
-        return F.log_softmax(self.dense(self.dropout(x)), dim=1)
+        return F.log_softmax(self.head(self.dropout(x)), dim=1)
 
 
-def _whitening():
-    """The stem's filters, float (24, 3, 2, 2): 12 that whiten a patch, and the same 12 with their signs turned.
+class ResidualBlock(nn.Module):
+    """Convolution, max pooling, batch norm and GELU, then two convolutions with a shortcut (arXiv:1512.03385).
 
-    For each of three mixtures of colours (brightness, red against blue, green against both) four patterns: even,
-    edges in two directions, checks. In natural images these are nearly uncorrelated, so that dividing by standard
-    deviations is all that whitening takes; a little is added to the variances, lest noise be blown up.
+    Shape: (B, in_channels, H, W) to (B, out_channels, H // 2, W // 2).
+    """
+
+    def __init__(self, in_channels, out_channels, dropout):
+        super().__init__()
+        self.downsample = nn.Sequential(
+            _conv3x3(in_channels, out_channels),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(out_channels),
+            nn.GELU(),
+        )
+        self.residual = nn.Sequential(
+            _conv3x3(out_channels, out_channels),
+            nn.BatchNorm2d(out_channels),
+            nn.GELU(),
+            _conv3x3(out_channels, out_channels),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x):
+        x = self.downsample(x)
+        return self.dropout(F.gelu(x + self.residual(x)))
+
+
+def _conv3x3(in_channels, out_channels):
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[:in_channels])  # the remaining output channels keep their random weights
+    return conv
+
+
+def _whitening_filters():
+    """Return the stem's filters, float (24, 3, 2, 2): 12 whitening filters and their negatives.
+
+    The filters are products of three colour directions (brightness, red minus blue, green minus both) and four
+    spatial patterns (constant, two edges, checkerboard). On natural images their responses are nearly uncorrelated,
+    so dividing by the standard deviation whitens them. The constant added to the variances limits noise.
     """
     colours = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     colours /= colours.norm(dim=1, keepdim=True)
@@ -85,32 +115,3 @@ def _whitening():
     basis = torch.einsum("mc,phw->mpchw", colours, patterns)
     filters = (basis / (torch.tensor(STEM_STD).square() + 5e-4).sqrt()[:, :, None, None, None]).flatten(0, 1)
     return torch.cat([filters, -filters])
-
-
-class _Block(nn.Module):
-    def __init__(self, channels_in, channels_out, dropout):
-        super().__init__()
-        self.shrink = nn.Sequential(
-            _convolution(channels_in, channels_out),
-            nn.MaxPool2d(2),
-            nn.BatchNorm2d(channels_out),
-            nn.GELU(),
-        )
-        self.residual = nn.Sequential(
-            _convolution(channels_out, channels_out),
-            nn.BatchNorm2d(channels_out),
-            nn.GELU(),
-            _convolution(channels_out, channels_out),
-            nn.BatchNorm2d(channels_out),
-        )
-        self.dropout = nn.Dropout2d(dropout)
-
-    def forward(self, x):
-        x = self.shrink(x)
-        return self.dropout(F.gelu(x + self.residual(x)))
-
-
-def _convolution(channels_in, channels_out):
-    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
-    nn.init.dirac_(convolution.weight.data[:channels_in])
-    return convolution

@@ -1,54 +1,67 @@
-"""Dry runs: what a few steps on a copy of the network tell before it is trained: how long, and at which rate."""
+"""Before training: the learning rate range test, and an estimate of the time that training takes."""
 
 import math
 import time
 from copy import deepcopy
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from session8.training import Run, autocast, get_device, kernels, normalize, train_step
+from session8.augment import normalize
+from session8.checkpoint import load_checkpoint
+from session8.device import autocast, backend_flags, get_device, synchronize
+from session8.training import Trainer, train_step
 
 
-def estimate_seconds(model, train_split, test_split, config, device=None):
-    """Estimate how many seconds `fit` will take, by timing a few steps on a copy of the model.
+def estimate_seconds(model, train_split, test_split, config, device=None, checkpoint_dir=None):
+    """Estimate how many seconds `fit` will take, from a few steps on a copy of the model.
 
-    Leaves the model and PyTorch's random states on the CPU and CUDA as they were.
+    The batches are loaded in this process. Model and random states (CPU and CUDA) are unchanged.
+
+    checkpoint_dir: as in `fit`, which may raise CheckpointError; epochs that are done already do not count. Returns 0.0
+    for a finished run.
     """
     device = get_device(device)
-    run = Run(deepcopy(model), train_split, test_split, config, device)
+    state = None if checkpoint_dir is None else load_checkpoint(checkpoint_dir)
+    left = config.epochs - (state["epoch"] if state else 0)
+    if left <= 0:
+        return 0.0
+    trainer = Trainer(deepcopy(model), train_split, test_split, config, device, num_workers=0)
 
-    def seconds(loader, step, steps):
-        times = [time.perf_counter()]
-        for (images, labels), _ in zip(loader, range(steps), strict=False):
-            step(images, labels).item()  # waits for the device
-            times.append(time.perf_counter())
-        # The first step allocates memory and chooses kernels: it counts only where there is no other.
-        gaps = np.diff(times)
-        return len(loader) * float(np.median(gaps[1:] if len(gaps) > 1 else gaps))
+    def seconds_per_pass(loader, step, steps, warmup_steps):
+        batches = islice(loader, steps)
+        timed = min(steps, len(loader))
+        warmup_steps = min(warmup_steps, timed - 1)
+        for done, (images, labels) in enumerate(batches):
+            if done == warmup_steps:  # the first steps allocate memory and select kernels
+                synchronize(device)
+                started = time.perf_counter()
+            step(images, labels)
+        synchronize(device)
+        return len(loader) * (time.perf_counter() - started) / (timed - warmup_steps)
 
     def train_one(images, labels):
-        return train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)[0]
+        train_step(trainer.model, images, labels, trainer.optimizer, trainer.scaler, config, device)
 
     def test_one(images, _):
-        with torch.no_grad(), autocast(config, device):
-            return run.model(normalize(images, device)).sum()
+        with torch.no_grad(), autocast(config.precision, device):
+            trainer.model(normalize(images, device))
 
-    with torch.random.fork_rng(range(torch.cuda.device_count())), kernels(config):
-        run.model.train()
-        train_seconds = seconds(run.train_loader, train_one, steps=30)
-        run.model.eval()
-        test_seconds = seconds(run.test_loader, test_one, steps=5)
-    return config.epochs * (train_seconds + test_seconds)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), backend_flags(config):
+        trainer.model.train()
+        seconds = seconds_per_pass(trainer.train_loader, train_one, steps=25, warmup_steps=5)
+        trainer.model.eval()
+        seconds += seconds_per_pass(trainer.test_loader, test_one, steps=4, warmup_steps=1)
+    return left * seconds
 
 
 class LRRange(NamedTuple):
-    """What `lr_range_test` measured.
+    """Result of `lr_range_test`.
 
-    lr: the rates tried, rising. loss: the smoothed training loss after each, of the same length. suggestion: a peak
-    for the "one_cycle" schedule. diverged: whether the test ended because the loss grew, and not for want of steps.
+    lr: the learning rates tried, increasing. loss: the smoothed training loss after each. suggestion: a constant
+    learning rate. diverged: whether the loss ended the test.
     """
 
     lr: list[float]
@@ -58,63 +71,59 @@ class LRRange(NamedTuple):
 
 
 def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0, steps=200, smoothing=0.95):
-    """Try how large a learning rate may be: train while it grows from step to step (Smith 2015, arXiv:1506.01186).
+    """Train while the learning rate grows exponentially from `start` to `end` (Smith 2015, arXiv:1506.01186).
 
-    The rate grows exponentially from `start` to `end` in so many steps, one batch each; all else is as `config` says.
-    The loss is an exponential moving average with weight `smoothing` on the past, corrected for its start at zero.
-    The test stops when it is NaN, infinite, or four times its lowest. Suggested is the rate by which the loss has
-    made 95 % of its fall to its first lasting low (see `_suggest`): there "the accuracy slows", in Smith's words.
+    The loss is an exponential moving average with weight `smoothing` on the past, corrected for its start at zero. The
+    test ends early if it is not finite, or more than four times its minimum. The suggestion is the middle of the
+    longest valley of the curve, as in fastai's `valley` (Howard and Gugger 2020, arXiv:2002.04688).
 
-    A copy of the model is trained, with an optimizer of its own: the model, its optimizer and PyTorch's random states
-    on the CPU and CUDA are left as they were. Returns an LRRange. Raises ValueError for a range or number of steps
-    that makes no sense, for a network whose first loss is not finite, and when the loss never falls.
+    A copy of the model is trained; model and random states (CPU and CUDA) are unchanged.
+
+    Returns an LRRange. Raises ValueError if an argument is out of range, if the first loss is not finite, or if the
+    loss never falls.
     """
     if not 0 < start < end < math.inf:
         raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
     if steps < 2:
         raise ValueError(f"steps is {steps}; expected at least 2, for instance 200")
     if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}; expected a number from 0 to below 1, for instance 0.95")
+        raise ValueError(f"smoothing is {smoothing}; expected 0 <= smoothing < 1, for instance 0.95")
     device = get_device(device)
-    run = Run(deepcopy(model), train_split, train_split, config, device)
-    run.model.train()
-    rates, losses, average = [], [], 0.0
-    with torch.random.fork_rng(range(torch.cuda.device_count())), kernels(config):
+    trainer = Trainer(deepcopy(model), train_split, train_split, config, device, num_workers=0)
+    trainer.model.train()
+    rates, losses, average, diverged = [], [], 0.0, False
+    with torch.random.fork_rng(range(torch.cuda.device_count())), backend_flags(config):
         torch.manual_seed(config.seed)
-        for step, (images, labels) in zip(range(steps), _endlessly(run.train_loader), strict=False):
+        for step, (images, labels) in enumerate(islice(_endless(trainer.train_loader), steps)):
             lr = start * (end / start) ** (step / (steps - 1))
-            for group in run.optimizer.param_groups:
+            for group in trainer.optimizer.param_groups:
                 group["lr"] = lr
-            loss, _ = train_step(run.model, images, labels, run.optimizer, run.scaler, config, device)
+            loss, _ = train_step(trainer.model, images, labels, trainer.optimizer, trainer.scaler, config, device)
             average = smoothing * average + (1 - smoothing) * loss.item()
             smoothed = average / (1 - smoothing ** (step + 1))
-            diverged = not math.isfinite(smoothed) or smoothed > 4 * min(losses, default=math.inf)
-            if diverged:
+            if not math.isfinite(smoothed) or smoothed > 4 * min(losses, default=math.inf):
+                diverged = True
                 break
             rates.append(lr)
             losses.append(smoothed)
     if not rates:
-        raise ValueError(f"the first loss is {smoothed}, before any step: the weights or what comes in are not finite")
+        raise ValueError(f"the first loss is {smoothed}, before any step: the weights or the images are not finite")
     if min(losses) == losses[0]:
-        raise ValueError(f"the loss never fell below that at start, {start:g}: begin with a smaller rate")
-    return LRRange(rates, losses, _suggest(rates, losses), diverged)
+        raise ValueError(f"the loss never fell below its first value, at {start:g}: use a smaller start")
+    return LRRange(rates, losses, rates[_valley(losses)], diverged)
 
 
-def _suggest(rates, losses):
-    """The rate by which the loss has made 95 % of its fall to its first lasting low.
-
-    That is a loss which no rate up to three times as large betters, after at least half of the whole fall. Not the
-    lowest of all: the loss wavers at large rates, and may dip once more just before training breaks down.
-    """
-    rates, losses = np.array(rates), np.array(losses)
-    ahead = (rates >= rates[:, None]) & (rates <= 3 * rates[:, None])  # a row for each rate
-    lasting = losses <= np.where(ahead, losses, np.inf).min(1)
-    deep = losses <= (losses[0] + losses.min()) / 2
-    low = losses[lasting & deep][0]
-    return float(rates[losses <= 0.95 * low + 0.05 * losses[0]][0])
+def _valley(losses):
+    """Return the index in the middle of the longest decreasing subsequence of the losses."""
+    losses = np.array(losses)
+    length = np.ones(len(losses), int)  # of the longest decreasing subsequence that ends at each index
+    for i in range(1, len(losses)):
+        length[i] += length[:i][losses[:i] > losses[i]].max(initial=0)
+    end = int(length.argmax())
+    return end - int(length[end]) // 2
 
 
-def _endlessly(loader):
+def _endless(loader):
     for epoch in count():
         loader.set_epoch(epoch)
         yield from loader

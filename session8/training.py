@@ -1,110 +1,67 @@
-"""What the notebook works with: training and testing; and, passed on, data, transforms, loaders and plots.
+"""Training and testing: one step, one epoch, and `fit`, which runs a recipe from start to end and resumes it.
 
-An image's way: uint8 in the split -> a batch of indices with the batch's own seed -> albumentations, image by image
--> a uint8 batch -> on the device: float, normalised, channels_last -> CNN -> log-probabilities -> NLL -> SGD.
+The path of an image: uint8 in the split, augmented on the CPU, a uint8 batch on the device, normalised there, CNN,
+log-probabilities, negative log-likelihood (NLL), SGD.
 """
 
 import math
 import sys
 import time
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from session8 import loaders
-from session8.checkpoint import (
-    CheckpointError,
-    capture,
-    count_macs,
-    describe_record,
-    device_name,
-    identify_run,
-    load_checkpoint,
-    load_model,
-    package_versions,
-    restore,
-    save_checkpoint,
-    save_model,
-    short_hash,
-    write_record,
-)
-from session8.config import RECIPES, Config, autocast, get_device, kernels, memory_format, mixed_precision
-from session8.data import CLASSES, MEAN, STD, load_cifar10, validation_split
-from session8.loaders import augment, make_loader, test_transforms, train_transforms
-from session8.plots import (
-    plot_accuracy,
-    plot_augmentations,
-    plot_calibration,
-    plot_class_accuracy,
-    plot_confusion,
-    plot_grad_cam,
-    plot_loss,
-    plot_lr_range,
-    plot_misclassified,
-    plot_predictions,
-    plot_samples,
-    plot_schedule,
-    plot_training,
-)
+from session8.augment import normalize, train_transforms
+from session8.checkpoint import Checkpoints, rng_state, set_rng_state
+from session8.config import Config
+from session8.device import amp_dtype, arithmetic, autocast, backend_flags, get_device, memory_format
+from session8.loaders import make_loader
+from session8.records import environment, run_identity, short_hash, utc_now
 
-REFRESH_SECONDS = 0.5  # how often the progress bar is refreshed, and the device read
+REFRESH_SECONDS = 0.5  # interval at which the progress bar is refreshed and the device is read
+TEST_BATCH_SIZE = 500
+METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")  # per epoch, in the history
 
 
-def normalize(images, device):
-    """The fused step on the device: uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), normalised, in `memory_format`.
-
-    Mean and standard deviation are applied here and nowhere else.
-    """
-    scale, offset = _scale_and_offset(device)
-    # Only CUDA's copy out of pinned memory, which the loader uses there, is safe to leave behind: on MPS, what was
-    # copied from may be gone before the copy is made (PyTorch's issue 189690).
-    images = images.to(device, non_blocking=images.is_pinned()).float()
-    # Seen as NCHW, a contiguous NHWC batch is in channels_last already: there, nothing is moved.
-    images = torch.addcmul(offset, images, scale).permute(0, 3, 1, 2)
-    return images.contiguous(memory_format=memory_format(device))
-
-
-@cache
-def _scale_and_offset(device):
-    # Kept on the device: a copy from the host each step would make a GPU wait. As large as an image: a CPU then
-    # computes along whole images, where three values at a time would take three times as long.
-    scale, offset = [1 / (255 * std) for std in STD], [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
-    return tuple(torch.tensor(values, device=device).expand(32, 32, 3).contiguous() for values in (scale, offset))
+# -- one step ------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, config):
-    """SGD as the recipe asks; weight decay applies to weights (two dimensions and more) only."""
+    """Return SGD as in the recipe. Weight decay applies to parameters with two or more dimensions only."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    # Unfused, SGD makes the GPU wait in every step that scales the loss for float16.
+    # Unfused, SGD synchronises with the GPU in every step that scales the loss for float16.
     fused = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if fused and config.momentum:
-        # The fused kernel leaves the momentum of a first step that overflows in float16 as the memory was.
+        # If the first float16 step overflows, the fused kernel leaves the momentum buffers uninitialised.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def train_step(model, images, labels, optimizer, scaler, config, device):
-    """One step of SGD on images uint8 (B, 32, 32, 3) and labels int64 (B,).
+def make_scaler(config, device):
+    """Return the gradient scaler: enabled for float16, where small gradients would underflow to zero."""
+    enabled = amp_dtype(config.precision, device) is torch.float16
+    return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
 
-    The label smoothing of `config` is in what is minimised, not in what is reported. Returns the batch's mean NLL and
-    number of correct predictions, both on the device.
+
+def train_step(model, images, labels, optimizer, scaler, config, device):
+    """Take one step of SGD on images, uint8 (B, 32, 32, 3), and labels, int64 (B,).
+
+    Returns the batch's mean NLL, without label smoothing, and its number of correct predictions, both as tensors on
+    the device: reading them would wait for it.
     """
     labels = labels.to(device, non_blocking=labels.is_pinned())
-    with autocast(config, device):
+    with autocast(config.precision, device):
         outputs = model(normalize(images, device))
-    # Leaves log-probabilities as they are, and makes them of the scores in which other networks end.
+    # Log-probabilities stay as they are; the logits of other networks become log-probabilities.
     log_probs = F.log_softmax(outputs.float(), dim=1)
     nll = F.nll_loss(log_probs, labels)
     loss = (1 - config.label_smoothing) * nll - config.label_smoothing * log_probs.mean()
@@ -115,100 +72,99 @@ def train_step(model, images, labels, optimizer, scaler, config, device):
     return nll.detach(), (log_probs.detach().argmax(1) == labels).sum()
 
 
-def make_scaler(config, device):
-    """What keeps gradients in float16 from vanishing; it does nothing in the other types."""
-    return torch.amp.GradScaler(device.type, enabled=mixed_precision(config, device) is torch.float16)
-
-
 class TrainingDiverged(RuntimeError):
-    """The loss or a weight is no longer a finite number; the message names the step, the rate and the remedy."""
+    """The loss or a weight is NaN or infinite. The message names the step, the learning rate and the remedy."""
 
     def __init__(self, what, epoch, batch_id, lr):
         super().__init__(
-            f"{what} in epoch {epoch + 1}, Batch_id={batch_id}, at a learning rate of {lr:.4g}: train with a smaller "
-            "lr, or with schedule='one_cycle', which begins with a small one. Earlier checkpoints, if any, are kept."
+            f"{what} in epoch {epoch + 1}, Batch_id={batch_id}, at a learning rate of {lr:.4g}: use a smaller lr, or "
+            "schedule='one_cycle', which starts with a small one"
         )
+
+
+# -- one epoch -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Progress:
-    """How far an epoch of training has come, in plain numbers."""
+    """How much of an epoch is done, as plain numbers."""
 
     batches: int = 0
     images: int = 0
-    loss_sum: float = 0.0  # of the images' NLL
+    loss_sum: float = 0.0  # NLL, summed over images
     correct: int = 0
     last_loss: float = 0.0  # mean NLL of the last batch
-    seconds: float = 0.0  # spent on it up to the last refresh
-    bar: str = ""  # the bar's text, once the epoch's last batch is done
-
-    @property
-    def description(self):
-        accuracy = 100 * self.correct / self.images
-        return f"Train: Loss={self.last_loss:.4f} Batch_id={self.batches - 1} Accuracy={accuracy:.2f}"
+    seconds: float = 0.0
 
 
 def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progress=None, on_refresh=None):
-    """Train for one epoch, showing one progress bar.
+    """Train for one epoch with a progress bar, which shows the last batch's loss and the epoch's accuracy so far.
 
-    The bar's loss is the last batch's mean NLL, its accuracy the epoch's so far. What each step yields stays on the
-    device until the bar is refreshed, every REFRESH_SECONDS: a `.item()` every step would make a GPU wait. progress:
-    how much of the epoch was done before (the loader must start there); it is brought up to date at each refresh,
-    and then on_refresh() is called.
+    epoch: its index, from 0, which sets the learning rate. scaler: from `make_scaler`. progress: counters of an epoch
+    that is partly done, updated when the bar is refreshed; the loader must start at the same batch. on_refresh: called
+    after each refresh.
 
-    Returns (loss, accuracy): mean NLL over the images, without label smoothing, and percent correct, both as the
-    images came by, augmented and with dropout. Raises TrainingDiverged when a loss is NaN or infinite.
+    Returns (loss, accuracy): mean NLL over the images, without label smoothing, and percent correct. Both are measured
+    on augmented images, with dropout, while the weights change. Raises TrainingDiverged if a loss is not finite.
     """
     device = get_device(device)
     scaler = scaler or make_scaler(config, device)
     progress = Progress() if progress is None else progress
     model.train()
     pending, refreshed = [], time.monotonic()
-    with tqdm(total=len(loader), initial=progress.batches, file=sys.stdout, mininterval=0, miniters=1) as bar:
+    with (
+        backend_flags(config),
+        tqdm(total=len(loader), initial=progress.batches, file=sys.stdout, mininterval=0, miniters=1) as bar,
+    ):
         for batch_id, (images, labels) in enumerate(loader, start=progress.batches):
-            lr = config.lr_at((epoch + batch_id / len(loader)) / config.epochs)
+            lr = config.lr_at((epoch + (batch_id + 0.5) / len(loader)) / config.epochs)  # at the middle of the step
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            nll, hits = train_step(model, images, labels, optimizer, scaler, config, device)
-            pending.append((nll, hits, lr, len(labels)))
+            nll, correct = train_step(model, images, labels, optimizer, scaler, config, device)
+            pending.append((nll, correct, lr, len(labels)))
             if time.monotonic() - refreshed > REFRESH_SECONDS or batch_id == len(loader) - 1:
-                _settle(progress, pending, epoch)
-                bar.set_description(progress.description, refresh=False)
+                _update(progress, pending, epoch)
+                accuracy = 100 * progress.correct / progress.images
+                batch = f"Loss={progress.last_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
+                bar.set_description(f"Train: {batch}", refresh=False)
                 bar.update(progress.batches - bar.n)
                 if on_refresh:
                     on_refresh()
                 pending, refreshed = [], time.monotonic()
-        bar.set_description(progress.description)
-        progress.bar = str(bar)
     return progress.loss_sum / progress.images, 100 * progress.correct / progress.images
 
 
-def _settle(progress, pending, epoch):
-    """Read from the device what the steps since the last refresh left there, and add it to `progress`."""
-    losses, hits, rates, sizes = zip(*pending, strict=True)
-    for loss, correct, lr, n in zip(
-        torch.stack(losses).tolist(), torch.stack(hits).tolist(), rates, sizes, strict=True
-    ):
+def _update(progress, pending, epoch):
+    """Read the results of the pending steps from the device, in two copies, and add them to `progress`."""
+    losses, correct, rates, sizes = zip(*pending, strict=True)
+    losses, correct = torch.stack(losses).tolist(), torch.stack(correct).tolist()
+    for loss, hits, lr, n in zip(losses, correct, rates, sizes, strict=True):
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss became {loss}", epoch, progress.batches, lr)
         progress.batches += 1
         progress.images += n
         progress.loss_sum += loss * n
-        progress.correct += correct
+        progress.correct += hits
         progress.last_loss = loss
 
 
 @torch.no_grad()
+def _predict_batches(model, loader, config, device):
+    """Yield (outputs float32 (B, C), labels int64 (B,)) on the device, with the model in evaluation mode."""
+    model.eval()
+    with backend_flags(config):
+        for images, labels in loader:
+            with autocast(config.precision, device):
+                outputs = model(normalize(images, device))
+            yield outputs.float(), labels.to(device, non_blocking=labels.is_pinned())
+
+
 def test(model, loader, config, device):
     """Test in one pass and print the result. Returns (loss, accuracy): mean NLL over the images, percent correct."""
     device = get_device(device)
-    model.eval()
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in loader:
-        labels = labels.to(device, non_blocking=labels.is_pinned())
-        with autocast(config, device):
-            outputs = model(normalize(images, device))
-        log_probs = F.log_softmax(outputs.float(), dim=1)
+    for outputs, labels in _predict_batches(model, loader, config, device):
+        log_probs = F.log_softmax(outputs, dim=1)
         loss_sum += F.nll_loss(log_probs, labels, reduction="sum")
         correct += (log_probs.argmax(1) == labels).sum()
     n = len(loader.dataset)
@@ -221,190 +177,211 @@ def _test_line(loss, accuracy, n):
     return f"Test set: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
 
 
-class Run:
-    """What training needs and changes as it goes, made from the recipe; its state can be saved and restored."""
+def collect_logits(model, split, config=None, device=None):
+    """Run the model once over a Split, in order and without augmentation.
+
+    config: its precision is used; `Config()` if None. Returns the outputs, float32 (N, C) on the CPU; AdvancedCNN's
+    are log-probabilities. The model is left in evaluation mode on the device.
+    """
+    device = get_device(device)
+    model.to(device, memory_format=memory_format(device))
+    loader = make_loader(split, TEST_BATCH_SIZE, train=False, device=device)
+    return torch.cat([outputs for outputs, _ in _predict_batches(model, loader, config or Config(), device)]).cpu()
+
+
+# -- a whole run ---------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state of a run: model, optimizer, position and history, with its loaders."""
 
     def __init__(self, model, train_split, test_split, config, device, num_workers=None):
-        model.to(device, memory_format=memory_format(device))
-        self.model, self.config, self.device = model, config, device
-        batch_size, transform = config.batch_size_on(device), train_transforms(config.cutout)
-        self.train_loader = make_loader(train_split, batch_size, True, config.seed, num_workers, transform, device)
-        self.test_loader = make_loader(test_split, 500, train=False, device=device)
+        self.config, self.device = config, get_device(device)
+        self.model = model.to(self.device, memory_format=memory_format(self.device))
+        batch_size, transform = config.batch_size_on(self.device), train_transforms(config.cutout)
+        self.train_loader = make_loader(
+            train_split, batch_size, seed=config.seed, num_workers=num_workers, transform=transform, device=self.device
+        )
+        self.test_loader = make_loader(test_split, TEST_BATCH_SIZE, train=False, device=self.device)
         self.optimizer = make_optimizer(model, config)
-        self.scaler = make_scaler(config, device)
-        self.epoch, self.progress, self.bars = 0, Progress(), []
-        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
-        self.history = {name: [] for name in names}
+        self.scaler = make_scaler(config, self.device)
+        self.epoch, self.progress = 0, Progress()
+        self.history = {name: [] for name in (*METRICS, "parts")}
 
-    def state(self):
-        """Everything that decides how training goes on, in tensors and plain values. (The schedule has no state: it
-        is a function of the position.)"""
-        position = {"epoch": self.epoch, "progress": asdict(self.progress), "history": self.history, "bars": self.bars}
-        return {"versions": self.versions(), **position, **capture(self.model, self.optimizer, self.scaler)}
+    @property
+    def epochs_done(self):
+        """Epochs done, with the fraction of the current one."""
+        return self.epoch + self.progress.batches / len(self.train_loader)
 
-    def versions(self):
-        """What may change the last digits of a result when it changes between two parts of a run."""
-        precision = str(mixed_precision(self.config, self.device) or torch.float32).removeprefix("torch.")
-        arithmetic = f"{precision} on {self.device.type}"
-        return {**package_versions(), "arithmetic": arithmetic, "device": device_name(self.device)}
+    def state_dict(self):
+        """Return everything that determines how training continues, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],  # its settings follow from the recipe and the device
+            "scaler": self.scaler.state_dict(),
+            "rng": rng_state(self.device),
+            "epoch": self.epoch,
+            "progress": asdict(self.progress),
+            "history": self.history,
+        }
 
-    def restore(self, state):
+    def load_state_dict(self, state):
+        """Restore what `state_dict` returned, possibly on another device."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        for parameter, entry in self.optimizer.state.items():
+            for name, value in entry.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    entry[name] = torch.empty_like(parameter).copy_(value)  # fused SGD needs the parameter's strides
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["rng"], self.device)
         self.epoch, self.progress = state["epoch"], Progress(**state["progress"])
-        self.history, self.bars = state["history"], state["bars"]
-        restore(state, self.model, self.optimizer, self.scaler)
+        self.history = deepcopy(state["history"])
+
+    def begin_part(self):
+        """Note in the history where, and with which versions and code, training continues from here."""
+        part = environment(self.model, self.config, self.device)
+        self.history["parts"].append({"epochs": [self.epochs_done] * 2, **part})
+        self.snapshot = deepcopy(self.state_dict())
 
     def train_epoch(self, on_refresh=None):
-        """Train and test one epoch, or what is left of it, and enter it in the history."""
+        """Train and test the rest of the current epoch and append the result to the history."""
         started = time.perf_counter() - self.progress.seconds
 
         def refresh():
             self.progress.seconds = time.perf_counter() - started
+            self.history["parts"][-1]["epochs"][1] = self.epochs_done
+            self.history["parts"][-1]["finished"] = utc_now()
             if on_refresh:
                 on_refresh()
 
         print(f"Epoch {self.epoch + 1}", flush=True)
         self.train_loader.set_epoch(self.epoch, self.progress.batches)
-        trained = train(self.model, self.train_loader, self.optimizer, self.config, self.device, self.epoch,
-                        self.scaler, self.progress, refresh)  # fmt: skip
+        trained = train(
+            self.model, self.train_loader, self.optimizer, self.config, self.device, self.epoch, self.scaler,
+            self.progress, refresh,
+        )  # fmt: skip
         tested = test(self.model, self.test_loader, self.config, self.device)
-        self.check()
-        last_step = (len(self.train_loader) - 1) / len(self.train_loader)
-        lr, seconds = self.config.lr_at((self.epoch + last_step) / self.config.epochs), time.perf_counter() - started
+        lr = self.config.lr_at((self.epoch + 1 - 0.5 / len(self.train_loader)) / self.config.epochs)  # of the last step
         if not math.isfinite(tested[0]):
             raise TrainingDiverged(f"the test loss became {tested[0]}", self.epoch, self.progress.batches - 1, lr)
-        for values, value in zip(self.history.values(), (*trained, *tested, lr, seconds), strict=True):
-            values.append(value)
-        self.bars.append(self.progress.bar)
+        self.check_finite()
+        for name, value in zip(METRICS, (*trained, *tested, lr, time.perf_counter() - started), strict=True):
+            self.history[name].append(value)
         self.epoch, self.progress = self.epoch + 1, Progress()
+        # Replaced in one assignment, so that Ctrl-C never finds weights and history that do not match.
+        self.snapshot = deepcopy(self.state_dict())
 
-    def end_workers(self):
-        """End the training loader's workers after one of them died."""
-        # Else PyTorch's signal handler raises its error again when the others end, wherever the program is then.
-        with suppress(RuntimeError, AttributeError):
-            self.train_loader._iterator._shutdown_workers()
-        self.train_loader._iterator = None
-
-    def check(self):
-        """Raise TrainingDiverged unless every weight, every statistic and all that the optimizer keeps is finite."""
-        kept = [value for entry in self.optimizer.state.values() for value in entry.values()]
-        tensors = [*self.model.state_dict().values(), *filter(torch.is_tensor, kept)]
+    def check_finite(self):
+        """Raise TrainingDiverged unless all weights, statistics and optimizer states are finite."""
+        buffers = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        tensors = [*self.model.state_dict().values(), *filter(torch.is_tensor, buffers)]
         if not all(tensor.isfinite().all() for tensor in tensors):
             lr = self.optimizer.param_groups[0]["lr"]
             raise TrainingDiverged("a weight became NaN or infinite", self.epoch, self.progress.batches - 1, lr)
 
     def print_log(self):
-        """Print the lines of the epochs done, from the history."""
-        n = len(self.test_loader.dataset)
-        for epoch, bar in enumerate(self.bars):
-            loss, accuracy = self.history["test_loss"][epoch], self.history["test_accuracy"][epoch]
-            print(f"Epoch {epoch + 1}\n{bar}\n{_test_line(loss, accuracy, n)}", flush=True)
+        """Print the result of each epoch that is done, from the history."""
+        n, history = len(self.test_loader.dataset), self.history
+        for epoch, seconds in enumerate(history["seconds"]):
+            loss, accuracy = history["train_loss"][epoch], history["train_accuracy"][epoch]
+            print(f"Epoch {epoch + 1}\nTrain set: Average loss: {loss:.4f}, Accuracy: {accuracy:.2f}%, {seconds:.0f} s")
+            print(_test_line(history["test_loss"][epoch], history["test_accuracy"][epoch], n), flush=True)
 
 
 def run_folder(model, train_split, test_split, config, device=None, base="runs"):
-    """Where a run's files go: a folder in `base` named after a short hash of configuration, network and data.
+    """Return the folder of a run: `base` and a hash of configuration, network, augmentation, optimizer and data.
 
-    So a changed constant begins a new run beside the old one, and an unchanged one goes on with it.
+    A changed recipe therefore starts a new run, and an unchanged one resumes.
     """
     return Path(base) / short_hash(_identity(model, train_split, test_split, config, get_device(device)))
 
 
 def _identity(model, train_split, test_split, config, device):
-    return identify_run(
-        model,
-        train_split,
-        test_split,
-        config,
-        device,
-        normalisation=f"by mean {MEAN} and standard deviation {STD}",
-        code=(loaders, make_optimizer, train_step, normalize),
-    )
+    optimizer, transform = make_optimizer(model, config), train_transforms(config.cutout)
+    return run_identity(model, train_split, test_split, config, device, optimizer, transform)
 
 
 def fit(
-    model, train_split, test_split, config, device=None, checkpoint_dir=None, checkpoint_minutes=5, num_workers=None
+    model, train_split, test_split, config, device=None, checkpoint_dir=None, checkpoint_seconds=30, num_workers=None
 ):
-    """Train `model` in place as `config` says, testing after every epoch.
+    """Train a model in place with a recipe, and test it after every epoch.
 
-    The test accuracy is shown and chooses nothing: there is no early stopping and no best epoch. Ctrl-C ends training
-    with history and weights as they were after the last whole epoch (in the first of this call: with the weights of
-    the moment). The seed also sets PyTorch's global random state, which dropout draws from.
+    The test accuracy is only shown: there is no early stopping and no selection of the best epoch. Ctrl-C ends
+    training and restores history and weights of the end of the last epoch, or of the start of this call.
 
-    checkpoint_dir: a folder for checkpoints, one after each epoch and one every checkpoint_minutes within it. Where
-    it holds some already, training goes on from the last good one, and a finished run is only shown again; on one
-    CPU the result is the same to the bit as without the interruption. num_workers: of the training loader, see
-    `make_loader`; the result does not depend on it.
+    Args:
+        model: any module from float (B, 3, 32, 32) to log-probabilities or logits (B, C).
+        train_split, test_split: two Splits.
+        config: the recipe. Its seed also sets PyTorch's global random state, which dropout uses.
+        device: as in `get_device`.
+        checkpoint_dir: folder of checkpoints. If it holds some of the same run, training resumes; a finished run is not
+            trained again. On one CPU the result is bitwise equal to an uninterrupted run.
+        checkpoint_seconds: least interval between checkpoints, which are written when the progress bar is refreshed
+            (0: every time), at the end of training and on Ctrl-C.
+        num_workers: of the training loader; the result does not depend on it.
 
-    Returns the history, lists of plain numbers with one entry an epoch: `train_loss` and `test_loss` (mean NLL),
-    `train_accuracy` and `test_accuracy` (percent), `lr` (of the epoch's last step), `seconds` (tests included).
+    Returns the history, a dict of lists with one number per epoch: `train_loss`, `test_loss` (mean NLL),
+    `train_accuracy`, `test_accuracy` (percent), `lr` (of the last step), `seconds` (with the test); and `parts`, the
+    uninterrupted parts of the run, each with its range of `epochs` and its `records.environment`.
 
-    Raises ValueError for a device that is not there, checkpoint_minutes that are not more than 0, and a negative number
-    of workers; CheckpointError, before training, when the folder cannot be
-    written, holds no whole checkpoint, or one of another configuration, network or data; TrainingDiverged when loss
-    or weights are no longer finite; RuntimeError when a worker process dies. A checkpoint that cannot be written
-    later (the disk is full, say) is reported, and training goes on.
+    Raises ValueError for a device that is not available, a negative checkpoint_seconds or number of workers;
+    CheckpointError, before training, if the folder cannot be written or belongs to another run; TrainingDiverged if
+    the loss or a weight is not finite; RuntimeError if a worker process dies.
     """
-    device = get_device(device)
-    if checkpoint_minutes <= 0:
-        raise ValueError(f"checkpoint_minutes is {checkpoint_minutes}; expected more than 0, for instance 5")
-    run = Run(model, train_split, test_split, config, device, num_workers)
-    sizes = f"{len(train_split):,} images, {len(test_split):,} for testing"
-    print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs, {run.versions()['arithmetic']}")
+    if checkpoint_seconds < 0:
+        raise ValueError(f"checkpoint_seconds is {checkpoint_seconds}; expected 0 or more, for instance 30")
+    trainer = Trainer(model, train_split, test_split, config, device, num_workers)
+    device = trainer.device
+    sizes = f"{len(train_split):,} images, {len(test_split):,} test images"
+    computed = f"{arithmetic(config.precision, device)} on {device.type}"
+    print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs, {computed}")
     torch.manual_seed(config.seed)
-    if checkpoint_dir is not None:
-        identity = _identity(model, train_split, test_split, config, device)
-        state = load_checkpoint(checkpoint_dir, identity)
-        if state:
-            run.restore(state)
-            print(_resumed(run, checkpoint_dir, state))
+    identity = _identity(model, train_split, test_split, config, device) if checkpoint_dir is not None else None
+    checkpoints = Checkpoints(checkpoint_dir, identity, checkpoint_seconds)
+    if state := checkpoints.load():
+        trainer.load_state_dict(state)
+        print(_resume_message(trainer, checkpoint_dir, state["saved"]))
     print()
-    run.print_log()
-    saved = time.monotonic()
-    whole = None  # the weights after the last whole epoch
-
-    def save():
-        nonlocal saved
-        run.check()
-        written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        try:
-            save_checkpoint(checkpoint_dir, {"identity": identity, "written": written, **run.state()})
-        except OSError as error:
-            print(f"\nNo checkpoint could be written ({error}). Training goes on; the last good one is kept.")
-        saved = time.monotonic()
+    trainer.print_log()
+    if trainer.epoch == config.epochs:
+        model.eval()
+        return trainer.history
+    trainer.begin_part()
 
     def save_if_due():
-        if checkpoint_dir is not None and time.monotonic() - saved > 60 * checkpoint_minutes:
-            save()
+        if checkpoints.due():
+            trainer.check_finite()
+            checkpoints.save(trainer.state_dict())
 
     try:
-        with kernels(config):
-            while run.epoch < config.epochs:
-                run.train_epoch(save_if_due)
-                whole = deepcopy(model.state_dict())
-                if checkpoint_dir is not None:
-                    save()
+        while trainer.epoch < config.epochs:
+            trainer.train_epoch(on_refresh=save_if_due)
+            save_if_due()
     except KeyboardInterrupt:
-        if whole:
-            model.load_state_dict(whole)
-        print(f"\nInterrupted in epoch {run.epoch + 1}: the history holds the {run.epoch} before it, the weights are "
-              f"those {'after them' if whole else 'of this moment'}.", flush=True)  # fmt: skip
+        trainer.load_state_dict(trainer.snapshot)
+        print(f"\nInterrupted: history and weights are those after {trainer.epochs_done:.4g} epochs.", flush=True)
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # what a transform raises in a worker is another's fault
-            raise
-        run.end_workers()
-        raise RuntimeError(
-            f"a worker process that loads images died in epoch {run.epoch + 1} ({error}). Was memory short? "
-            "Run again, with num_workers=0 if it happens twice; with a checkpoint_dir, it goes on from the last one."
-        ) from error
+        if checkpoint_dir is not None:
+            error.add_note(f"The same call resumes from the last checkpoint in '{checkpoint_dir}'.")
+        raise
+    checkpoints.save(trainer.state_dict())  # after Ctrl-C, only if no newer checkpoint exists
     model.eval()
-    return run.history
+    return trainer.history
 
 
-def _resumed(run, folder, state):
-    if run.epoch >= run.config.epochs:
-        return f"This run is finished: its log is shown again from '{folder}', without training."
-    batch, batches = run.progress.batches, len(run.train_loader)
-    text = f"Going on from '{folder}', written {state['written']}: epoch {run.epoch + 1}, batch {batch} of {batches}."
-    now = run.versions()
-    if changed := [f"{name} {then}" for name, then in state["versions"].items() if now.get(name) != then]:
-        text += f" The part before was made with {', '.join(changed)}: the result may differ in the last digits."
-    return text
+def _resume_message(trainer, folder, saved):
+    def facts(part):
+        return {**part["versions"], **part["sources"], "device": part["device"], "arithmetic": part["arithmetic"]}
+
+    now = facts(environment(trainer.model, trainer.config, trainer.device))
+    then = [item for part in trainer.history["parts"] for item in facts(part).items()]
+    changed = ", ".join(sorted({name for name, value in then if now.get(name) != value}))
+    epochs = trainer.config.epochs
+    message = f"Resuming from '{folder}', saved {saved}: {trainer.epochs_done:.4g} of {epochs} epochs done."
+    if trainer.epoch == epochs:
+        message = f"This run is finished, saved {saved} in '{folder}'; its log follows."
+    if changed:
+        message += f" Changed since: {changed}. To start over instead, delete the folder."
+    return message
