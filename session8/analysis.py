@@ -1,19 +1,23 @@
-"""Why the network errs: its outputs on a whole split, and what they say of classes, confidence and single images."""
+"""Error analysis: confusion, accuracy per class, mistakes, calibration and Grad-CAM."""
 
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import nn
 
-from session8.training import CLASSES, Config, autocast, get_device, make_loader, memory_format, normalize
+from session8.augment import normalize
+from session8.config import Config
+from session8.data import CLASSES
+from session8.device import backend_flags, get_device, memory_format
 
-# -- numbers, all from one pass over a split -----------------------------------------------------------------------
+# -- from the outputs of one pass over a split ---------------------------------------------------------------------
 
 
 class ClassAccuracy(NamedTuple):
-    """Accuracy of each class in percent, and the ends of its 95 % interval: float64 (C,), NaN for an absent class."""
+    """Accuracy of each class in percent and its 95 % confidence interval: float64 (C,), NaN for absent classes."""
 
     accuracy: np.ndarray
     low: np.ndarray
@@ -21,7 +25,7 @@ class ClassAccuracy(NamedTuple):
 
 
 class Confusion(NamedTuple):
-    """How often one class is taken for another: their names, and the number of images."""
+    """How many images of one class are predicted as another. actual, predicted: class names."""
 
     actual: str
     predicted: str
@@ -29,9 +33,9 @@ class Confusion(NamedTuple):
 
 
 class Misclassified(NamedTuple):
-    """The mistakes on a split, most confident first.
+    """The misclassified images of a split, most confident first.
 
-    index: int64 (M,), which image. probabilities: float32 (M, C), what the network gave each class.
+    index: int64 (M,), into the split. probabilities: float32 (M, C).
     """
 
     index: np.ndarray
@@ -41,8 +45,8 @@ class Misclassified(NamedTuple):
 class Calibration(NamedTuple):
     """Confidence and accuracy in bins of equal width.
 
-    count: int64 (bins,), images in each. confidence, accuracy: float64 (bins,), their means there, from 0 to 1; NaN
-    where a bin is empty. error: the expected calibration error, from 0 to 1.
+    count: int64 (bins,), images per bin. confidence, accuracy: float64 (bins,), the means in each bin, from 0 to 1;
+    NaN in empty bins. error: the expected calibration error, from 0 to 1.
     """
 
     count: np.ndarray
@@ -51,51 +55,30 @@ class Calibration(NamedTuple):
     error: float
 
 
-@torch.no_grad()
-def collect_logits(model, split, config=None, device=None):
-    """Run the model once over a split, in its order and without augmentation.
-
-    Returns its outputs, float32 (N, C) on the CPU; those of AdvancedCNN are log-probabilities. config: for its
-    precision, the default's when None. Leaves the model in evaluation mode on the device.
-    """
-    device = get_device(device)
-    model.to(device, memory_format=memory_format(device)).eval()
-    outputs = []
-    for images, _ in make_loader(split, 500, train=False, device=device):
-        with autocast(config or Config(), device):
-            outputs.append(model(normalize(images, device)).float())
-    return torch.cat(outputs).cpu()
-
-
 def confusion_matrix(logits, labels):
-    """Count the predictions of each class.
+    """Return the confusion matrix, int64 (C, C): rows are actual classes, columns are predictions.
 
-    logits: float (N, C), of `collect_logits`. labels: int64 (N,). Returns int64 (C, C): rows are actual classes,
-    columns predicted ones. Raises ValueError when there are not as many labels as outputs.
+    logits: float (N, C), from `collect_logits`. labels: int64 (N,). Raises ValueError if their lengths differ.
     """
     predicted, classes = _probabilities(logits, labels).argmax(1), logits.shape[1]
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def class_accuracy(confusion):
-    """The accuracy of each class with its interval after Wilson (1927, J. Am. Stat. Assoc. 22), which stays within 0
-    and 100 % and holds for few images too.
+    """Return the ClassAccuracy of a confusion matrix, with Wilson's score intervals.
 
-    confusion: int64 (C, C), of `confusion_matrix`. Returns a ClassAccuracy.
+    The interval accounts for the choice of test images, not for the choice of the training seed.
     """
-    z = 1.959964  # standard deviations on either side that hold 95 % of a normal distribution
-    n = np.where(confusion.sum(1), confusion.sum(1), np.nan)
-    share = confusion.diagonal() / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    # At 0 and 100 % an end is the accuracy itself, which rounding must not push past it.
-    low, high = np.minimum(centre - half, share), np.maximum(centre + half, share)
-    return ClassAccuracy(100 * share, 100 * low, 100 * high)
+    values = np.full((3, len(confusion)), np.nan)
+    for label, (correct, n) in enumerate(zip(confusion.diagonal(), confusion.sum(1), strict=True)):
+        if n:
+            interval = binomtest(int(correct), int(n)).proportion_ci(0.95, method="wilson")
+            values[:, label] = 100 * correct / n, 100 * interval.low, 100 * interval.high
+    return ClassAccuracy(*values)
 
 
 def most_confused(confusion, n=10, names=CLASSES):
-    """The n largest confusions of one class with another, largest first: a list of `Confusion`, shorter if there are
-    not so many. confusion: int64 (C, C), of `confusion_matrix`."""
+    """Return the n most frequent confusions of a confusion matrix as a list of `Confusion`, largest first."""
     mistakes = confusion - np.diag(confusion.diagonal())
     order = np.argsort(-mistakes, axis=None, kind="stable")[:n]
     pairs = [divmod(int(place), len(confusion)) for place in order]
@@ -103,44 +86,44 @@ def most_confused(confusion, n=10, names=CLASSES):
 
 
 def misclassified(logits, labels, actual=None, predicted=None, names=CLASSES):
-    """Find the images whose most likely class is not their label.
+    """Find the images whose most probable class is not their label.
 
-    logits: float (N, C), of `collect_logits`. labels: int64 (N,). actual, predicted: class names, to find only
-    images of one class, only those taken for one, or one pair of classes. Returns a Misclassified. Raises ValueError
-    for a name that is no class.
+    logits: float (N, C), from `collect_logits`. labels: int64 (N,). actual, predicted: class names, to select images
+    of one class, predictions of one class, or one pair. Returns a Misclassified. Raises ValueError for a name that is
+    not a class.
     """
     for name in (actual, predicted):
         if name is not None and name not in names:
-            raise ValueError(f"{name!r} is no class; expected one of {', '.join(names)}")
+            raise ValueError(f"{name!r} is not a class; expected one of {', '.join(names)}")
     probabilities = _probabilities(logits, labels)
-    given = probabilities.argmax(1)
-    wanted = given != labels
+    predictions = probabilities.argmax(1)
+    selected = predictions != labels
     if actual is not None:
-        wanted &= labels == names.index(actual)
+        selected &= labels == names.index(actual)
     if predicted is not None:
-        wanted &= given == names.index(predicted)
-    index = np.flatnonzero(wanted)
+        selected &= predictions == names.index(predicted)
+    index = np.flatnonzero(selected)
     index = index[np.argsort(-probabilities[index].max(1), kind="stable")]
     return Misclassified(index, probabilities[index])
 
 
 def calibration(logits, labels, bins=15):
-    """Compare confidence, the probability of the predicted class, with how often the prediction is right.
+    """Compare confidence, the probability of the predicted class, with accuracy.
 
-    The images are sorted into bins of equal width by their confidence; the expected calibration error is the distance
-    between mean confidence and accuracy in a bin, averaged over the images (Guo et al. 2017, arXiv:1706.04599).
+    The images are sorted into bins of equal width by confidence. The expected calibration error is the difference
+    between mean confidence and accuracy per bin, averaged over the images (Guo et al. 2017, arXiv:1706.04599).
 
-    logits: float (N, C), of `collect_logits`. labels: int64 (N,). Returns a Calibration. Raises ValueError for fewer
-    bins than one.
+    logits: float (N, C), from `collect_logits`. labels: int64 (N,). Returns a Calibration. Raises ValueError if bins is
+    below 1.
     """
     if bins < 1:
         raise ValueError(f"bins is {bins}; expected at least 1, for instance 15")
     probabilities = _probabilities(logits.double(), labels)
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # a bin holds its upper end
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # a bin includes its upper edge
     count = np.bincount(place, minlength=bins)
     filled = np.where(count, count, np.nan)
-    means = [np.bincount(place, values, minlength=bins) / filled for values in (confidence, right)]
+    means = [np.bincount(place, values, minlength=bins) / filled for values in (confidence, correct)]
     error = np.nansum(count * np.abs(means[0] - means[1])) / len(labels)
     return Calibration(count, *means, float(error))
 
@@ -148,57 +131,59 @@ def calibration(logits, labels, bins=15):
 def _probabilities(logits, labels):
     if len(logits) != len(labels):
         raise ValueError(
-            f"{len(logits):,} outputs and {len(labels):,} labels do not belong together: "
-            "take the labels of the split that `collect_logits` was given"
+            f"{len(logits):,} outputs do not match {len(labels):,} labels: use the labels of the split that "
+            "`collect_logits` was given"
         )
     return logits.softmax(1).numpy()
 
 
-# -- where the network looks ---------------------------------------------------------------------------------------
+# -- Grad-CAM ------------------------------------------------------------------------------------------------------
 
 
 class NoFeatureMap(ValueError):
-    """The network keeps no map of an image's places that Grad-CAM could explain."""
+    """The network has no feature map that Grad-CAM can use."""
 
 
 @torch.enable_grad()
 def grad_cam(model, images, classes=None, device=None, grid=3):
-    """Grad-CAM: where in an image the evidence for a class lies (Selvaraju et al. 2017, arXiv:1610.02391).
+    """Compute Grad-CAM maps: which regions of an image speak for a class (Selvaraju et al. 2017, arXiv:1610.02391).
 
-    The channels of the last feature map that is at least `grid` pixels wide, each weighted by the mean gradient of the
-    class's score, are summed, cut off below 0, and enlarged to the image. That map is what a module returns that is
-    no convolution: a constant added to a convolution's output changes the sum, though a batch norm behind it takes it
-    away again. Earlier maps, of a larger `grid`, are finer, and say less of what decided: later layers still judge
-    them. The score is what the last dense layer returns, if it is one number a class: the gradient of a
-    log-probability close to 0 would vanish.
+    The map is the sum of the feature map's channels, weighted by the mean gradients of the class score, clipped at 0
+    and resized to the image. The feature map is the last module output that is at least `grid` pixels wide. Outputs of
+    convolutions are skipped: batch norm cancels constant offsets in them, but Grad-CAM does not. The score is the
+    output of the last linear layer if it has one number per class, since the gradients of a log-probability near 0
+    vanish.
 
-    images: uint8 (B, 32, 32, 3). classes: int64 (B,), which class to explain; the predicted one when None. Returns
-    float32 (B, 32, 32): each map from 0 to 1, or all 0 where nothing speaks for the class. The model is left in
-    evaluation mode on the device, its gradients as they were. Raises NoFeatureMap for a model without such a map.
+    images: uint8 (B, 32, 32, 3). classes: int64 (B,), the classes to explain; the predictions if None. grid: least
+    width of the feature map. Earlier, wider maps are finer, but later layers process them further.
+
+    Returns float32 (B, 32, 32), each map scaled to [0, 1], or 0 everywhere if nothing speaks for the class. The model
+    is left in evaluation mode on the device, its gradients unchanged. Raises NoFeatureMap if there is no such map.
     """
     device = get_device(device)
     model.to(device, memory_format=memory_format(device)).eval()
-    maps, dense = [], []
+    maps, scores = [], []
 
     def keep(module, _, output):
         if isinstance(module, nn.Linear):
-            dense.append(output)
+            scores.append(output)
         elif not isinstance(module, nn.Conv2d) and torch.is_tensor(output) and output.ndim == 4:
             maps.append(output)
 
     hooks = [module.register_forward_hook(keep) for module in model.modules()]
     try:
-        output = model(normalize(torch.as_tensor(images), device).requires_grad_())
+        with backend_flags(Config(precision="float32")):
+            output = model(normalize(torch.as_tensor(images), device).requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
     maps = [feature for feature in maps if feature.shape[-1] >= grid]
     if not maps:
         raise NoFeatureMap(
-            f"grid is {grid}, and {type(model).__name__} has no module that returns maps at least that wide (a "
-            "convolution's own output is not taken): ask for a smaller grid, or for another network"
+            f"grid is {grid}, but no module of {type(model).__name__} other than convolutions returns a feature map "
+            "that wide: use a smaller grid or another network"
         )
-    score, feature = dense[-1] if dense and dense[-1].shape == output.shape else output, maps[-1]
+    score, feature = scores[-1] if scores and scores[-1].shape == output.shape else output, maps[-1]
     classes = score.argmax(1) if classes is None else torch.as_tensor(classes, device=device)
     (gradient,) = torch.autograd.grad(score.gather(1, classes[:, None]).sum(), feature)
     cam = (gradient.mean((2, 3), keepdim=True) * feature).sum(1, keepdim=True).relu().detach()
@@ -208,11 +193,11 @@ def grad_cam(model, images, classes=None, device=None, grid=3):
 
 
 class CamPair(NamedTuple):
-    """An image of a class that was recognised and one that was not, with their Grad-CAM maps.
+    """A correctly classified and a misclassified image of one class, with their Grad-CAM maps.
 
-    actual, predicted: names of the class of both images, and of what the second was taken for. right, wrong: uint8
-    (32, 32, 3). right_cam, wrong_cam: float32 (32, 32), what spoke for the class predicted. missed_cam: what spoke in
-    the second image for its actual class. right_confidence, wrong_confidence: of the predictions, from 0 to 1.
+    actual: class of both images. predicted: what the second was predicted as. right, wrong: uint8 (32, 32, 3).
+    right_cam, wrong_cam: float32 (32, 32), for the predicted class. missed_cam: for the actual class of the second
+    image. right_confidence, wrong_confidence: probabilities of the predictions.
     """
 
     actual: str
@@ -227,33 +212,36 @@ class CamPair(NamedTuple):
 
 
 def grad_cam_pairs(model, split, logits, n=4, device=None, names=CLASSES):
-    """Set right and wrong predictions side by side: the most confident mistakes, of n different classes, each beside
-    the image of its class that was recognised with the confidence nearest to the mistake's.
+    """Compare Grad-CAM maps of mistakes and correct predictions.
 
-    logits: float (N, C), of `collect_logits` for the same split. Returns a list of `CamPair`, shorter where fewer
-    classes have both, and empty, with a warning, for a network that has no feature maps.
+    Takes the most confident mistakes of n different classes, each with the correctly classified image of its class
+    whose confidence is closest. logits: float (N, C), from `collect_logits` on the same split. Returns a list of
+    `CamPair`: shorter if fewer classes have both, and empty, with a warning, if the network has no feature map.
     """
     labels = split.labels
     probabilities = _probabilities(logits, labels)
-    confidence, given = probabilities.max(1), probabilities.argmax(1)
+    confidence, predictions = probabilities.max(1), probabilities.argmax(1)
     pairs = {}  # by actual class
     for wrong in misclassified(logits, labels).index.tolist():
         if len(pairs) == n or labels[wrong] in pairs:
             continue
-        rights = np.flatnonzero((labels == labels[wrong]) & (given == labels))
-        if len(rights):
-            pairs[labels[wrong]] = rights[np.abs(confidence[rights] - confidence[wrong]).argmin()], wrong
+        correct = np.flatnonzero((labels == labels[wrong]) & (predictions == labels))
+        if len(correct):
+            pairs[labels[wrong]] = correct[np.abs(confidence[correct] - confidence[wrong]).argmin()], wrong
     if not pairs:
         return []
     right, wrong = map(np.array, zip(*pairs.values(), strict=True))
     try:
-        cams = [grad_cam(model, split.images[index], classes[index], device)
-                for index, classes in ((right, given), (wrong, given), (wrong, labels))]  # fmt: skip
+        cams = [
+            grad_cam(model, split.images[index], classes[index], device)
+            for index, classes in ((right, predictions), (wrong, predictions), (wrong, labels))
+        ]
     except NoFeatureMap as error:
         warnings.warn(f"no Grad-CAM: {error}", stacklevel=2)
         return []
-    return [
-        CamPair(names[labels[w]], names[given[w]], split.images[r], right_cam, float(confidence[r]),
-                split.images[w], wrong_cam, missed_cam, float(confidence[w]))
-        for r, w, right_cam, wrong_cam, missed_cam in zip(right, wrong, *cams, strict=True)
-    ]  # fmt: skip
+    result = []
+    for r, w, right_cam, wrong_cam, missed_cam in zip(right, wrong, *cams, strict=True):
+        correct = split.images[r], right_cam, float(confidence[r])
+        mistake = split.images[w], wrong_cam, missed_cam, float(confidence[w])
+        result.append(CamPair(names[labels[w]], names[predictions[w]], *correct, *mistake))
+    return result

@@ -1,4 +1,4 @@
-"""Use without training: classify any image, and export the network for other programs."""
+"""Inference: classify any image, and export the network to ONNX."""
 
 import importlib.util
 import io
@@ -14,19 +14,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from session8.analysis import collect_logits
+from session8.augment import normalize
 from session8.config import Config
-from session8.data import CLASSES, Split
-from session8.training import normalize
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from session8.data import CLASSES, IMAGE_SUFFIXES, Split, is_image_name
+from session8.training import collect_logits
 
 
 class Prediction(NamedTuple):
-    """What the network says of one image.
+    """The prediction for one image.
 
-    source: the file's path, or in words what the image came as. image: uint8 (32, 32, 3), as the network saw it.
-    classes: names of the likeliest classes, the likeliest first. probabilities: theirs, from 0 to 1.
+    source: path of the file, or a description of the input. image: uint8 (32, 32, 3), as the network received it.
+    classes: names of the most probable classes, most probable first. probabilities: of these classes, from 0 to 1.
     """
 
     source: str
@@ -36,58 +34,58 @@ class Prediction(NamedTuple):
 
 
 def predict(model, image, k=None, device=None, names=CLASSES):
-    """Classify an image, or all images of a folder. The network answers with the likeliest of its classes, also where
-    an image shows none of them.
+    """Classify an image, or all images of a folder, in float32.
 
-    image: a path; a folder's path; the bytes of an image file; a PIL image; or an array, (H, W), (H, W, 1), (H, W, 3)
-    or (H, W, 4), uint8 or float from 0 to 1. Any size and mode: it is turned as its EXIF data say, laid on white
-    where it is transparent, made RGB, cut to a square about its middle, and scaled to 32 by 32 pixels.
+    The network always answers with one of its classes, even if the image shows none of them. Images of any size and
+    mode are rotated as their EXIF data say, composited over white if transparent, converted to RGB, cropped to a
+    centred square and resized to 32 by 32.
 
-    Returns a list of `Prediction` with the k likeliest classes each (3, or all of fewer, when None): one, or one for
-    each file of the folder that is named like an image, in the order of their names. Raises FileNotFoundError for a
-    file that is not there; ValueError for what is no image, is damaged, or has more pixels than Pillow deems safe
-    (about 89 million), for a folder without images, for k out of range, and for `names` that are not as many as the
-    network's outputs; TypeError for anything else. The model is left in evaluation mode on the device.
+    image: a path, a folder, the bytes of an image file, a PIL image, or an array of shape (H, W), (H, W, 1), (H, W, 3)
+    or (H, W, 4), uint8 or float from 0 to 1. k: number of classes to return; by default 3, or all if there are fewer.
+    names: of the network's outputs.
+
+    Returns a list of `Prediction`, one per image; for a folder, sorted by file name. The model is left in evaluation
+    mode on the device. Raises FileNotFoundError if the file does not exist; ValueError if it is not an image, is
+    damaged or has more pixels than Pillow considers safe (about 89 million), if a folder has no images, if k is out of
+    range, or if `names` do not match the outputs; TypeError for any other input.
     """
     k = min(3, len(names)) if k is None else k
     if not 1 <= k <= len(names):
         raise ValueError(f"k is {k}; expected 1 to {len(names)}, the number of classes")
-    things = [image]
+    inputs = [image]
     if isinstance(image, str | os.PathLike) and Path(image).is_dir():
-        # Without files that begin with a dot: macOS leaves such beside each image on other file systems.
-        paths = (path for path in Path(image).iterdir() if path.is_file() and not path.name.startswith("."))
-        things = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
-        if not things:
-            raise ValueError(f"the folder '{image}' holds no image ({', '.join(SUFFIXES)})")
-    sources, images = zip(*map(_load, things), strict=True)
+        inputs = sorted(path for path in Path(image).iterdir() if path.is_file() and is_image_name(path.name))
+        if not inputs:
+            raise ValueError(f"the folder '{image}' has no image files ({', '.join(IMAGE_SUFFIXES)})")
+    sources, images = zip(*map(_load, inputs), strict=True)
     split = Split(np.stack(images), np.zeros(len(images), np.int64), "images to classify")
     logits = collect_logits(model, split, Config(precision="float32"), device)
     if logits.shape[1] != len(names):
-        raise ValueError(f"names are {len(names)}, and the network has {logits.shape[1]} outputs: name as many")
+        raise ValueError(f"names has {len(names)} entries, but the network has {logits.shape[1]} outputs")
     values, order = (part.tolist() for part in logits.softmax(1).topk(k))
     return [
-        Prediction(source, image, [names[i] for i in likeliest], probabilities)
-        for source, image, likeliest, probabilities in zip(sources, images, order, values, strict=True)
+        Prediction(source, image, [names[i] for i in indices], probabilities)
+        for source, image, indices, probabilities in zip(sources, images, order, values, strict=True)
     ]
 
 
-def _load(thing):
-    """In words what `thing` is, and its image as the network takes it: uint8 (32, 32, 3)."""
-    if isinstance(thing, np.ndarray):
-        source, image = f"array of shape {thing.shape}", _from_array(thing)
-    elif isinstance(thing, Image.Image):
-        source, image = f"PIL image of mode {thing.mode}", thing
-    elif isinstance(thing, bytes | bytearray):
-        source = f"{len(thing):,} bytes"
-        image = _from_file(io.BytesIO(thing), source)
-    elif isinstance(thing, str | os.PathLike):
-        source = str(thing)
-        if not Path(thing).is_file():
-            raise FileNotFoundError(f"there is no image '{source}': name a file or a folder on this machine")
-        image = _from_file(Path(thing), source)
+def _load(image):
+    """Return a description of the input, and the image as the network receives it: uint8 (32, 32, 3)."""
+    if isinstance(image, np.ndarray):
+        source, image = f"array of shape {image.shape}", _from_array(image)
+    elif isinstance(image, Image.Image):
+        source = f"PIL image of mode {image.mode}"
+    elif isinstance(image, bytes | bytearray):
+        source = f"{len(image):,} bytes"
+        image = _from_file(io.BytesIO(image), source)
+    elif isinstance(image, str | os.PathLike):
+        source = str(image)
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"'{source}' does not exist: name an image file or a folder on this machine")
+        image = _from_file(Path(image), source)
     else:
-        raise TypeError(f"image is a {type(thing).__name__}; expected a path, bytes, a PIL image or a NumPy array")
-    return source, _as_input(image, source)
+        raise TypeError(f"image is a {type(image).__name__}; expected a path, bytes, a PIL image or a NumPy array")
+    return source, _resize(image, source)
 
 
 def _from_file(file, source):
@@ -98,9 +96,9 @@ def _from_file(file, source):
                 image.load()
                 return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{source}' is too large to be opened safely ({error}): scale it down first") from error
+        raise ValueError(f"'{source}' is too large to open safely ({error}): reduce its size first") from error
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"'{source}' is no image that can be read ({type(error).__name__}: {error})") from error
+        raise ValueError(f"'{source}' is not a readable image ({type(error).__name__}: {error})") from error
 
 
 def _from_array(array):
@@ -116,16 +114,16 @@ def _from_array(array):
     return Image.fromarray(array[:, :, 0] if shape[2:] == (1,) else array)
 
 
-def _as_input(image, source):
+def _resize(image, source):
     if 0 in image.size:
         raise ValueError(f"'{source}' has no pixels: its size is {image.size}")
     try:
         image.load()
-    except Exception as error:  # a PIL image is read when it is used
-        raise ValueError(f"'{source}' cannot be read ({type(error).__name__}: {error})") from error
-    with suppress(Exception):  # EXIF data are damaged in many ways: then the image is taken as it lies
+    except Exception as error:  # a PIL image is decoded on first use
+        raise ValueError(f"'{source}' is not readable ({type(error).__name__}: {error})") from error
+    with suppress(Exception):  # damaged EXIF data raise many kinds: keep the image's orientation
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow would cut off at 255
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip at 255
         values, top = np.asarray(image, np.float32), 65535 if image.mode.startswith("I") else 1
         if not (values.min() >= 0 and values.max() <= top):
             raise ValueError(f"'{source}' has values from {values.min():g} to {values.max():g}; expected 0 to {top}")
@@ -136,12 +134,12 @@ def _as_input(image, source):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"'{source}' has mode {image.mode}, which Pillow cannot make RGB: convert it first") from error
+        raise ValueError(f"'{source}' has mode {image.mode}, which Pillow cannot convert to RGB") from error
     return np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
 
 
 class _FromPixels(nn.Module):
-    """From pixels to probabilities: who runs the exported graph need not know mean and standard deviation."""
+    """The network with normalisation and softmax: pixels to probabilities."""
 
     def __init__(self, model):
         super().__init__()
@@ -152,12 +150,13 @@ class _FromPixels(nn.Module):
 
 
 def export_onnx(model, path, names=CLASSES):
-    """Write the network as an ONNX graph, with PyTorch's own exporter.
+    """Export the network to ONNX with PyTorch's exporter.
 
-    The graph includes the normalisation: its input `images` is uint8 (B, 32, 32, 3), RGB, for any B, its output
-    `probabilities` float32 (B, C). Its metadata say so, and hold the class names. The model is left as it was. Raises
-    ImportError, with the command that installs them, when the packages onnx and onnxscript are missing; ValueError for
-    more or fewer names than outputs; OSError when the file cannot be written.
+    The graph includes the normalisation. Its input `images` is uint8 (B, 32, 32, 3), RGB, for any B; its output
+    `probabilities` is float32 (B, C). The metadata hold the class names. The model is unchanged.
+
+    Raises ImportError if onnx or onnxscript is not installed; ValueError if `names` do not match the outputs; OSError
+    if the file cannot be written.
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ImportError(f"export needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
@@ -165,9 +164,9 @@ def export_onnx(model, path, names=CLASSES):
 
     network = _FromPixels(deepcopy(model).cpu()).eval()
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    # This also has `normalize` make its constants, which must not be made while the graph is traced.
+    # The call also caches the constants of `normalize`, which must not be created during tracing.
     if (outputs := network(images).shape[1]) != len(names):
-        raise ValueError(f"names are {len(names)}, and the network has {outputs} outputs: name as many")
+        raise ValueError(f"names has {len(names)} entries, but the network has {outputs} outputs")
     program = torch.onnx.export(
         network,
         (images,),

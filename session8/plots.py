@@ -1,9 +1,12 @@
-"""Figures: each function takes data, returns a matplotlib Figure, and never trains, loads or prints.
+"""Figures. Each function takes data and returns a matplotlib Figure; none trains, loads or prints.
 
-They are made for notebook width (about 9 inches), with text of at least 9 points and Okabe and Ito's colour-blind
-safe palette. Every title of a figure of data names their source, so that none of a synthetic run passes for CIFAR-10.
+Figures are about 9 inches wide, the width of a notebook, with text of at least 9 points and the colour-blind safe
+palette of Okabe and Ito. Titles name the source of the data, so that synthetic data are not mistaken for CIFAR-10.
 """
 
+import io
+import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,30 @@ from session8.data import CLASSES
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
 
 
-def _image_grid(rows, columns, title, size, caption):
-    """A Figure at notebook width with rows x columns axes for images, their captions above them."""
+class CaptionedFigure(Figure):
+    """A matplotlib Figure with a caption, which says in words what it shows.
+
+    Jupyter displays the caption below the figure, and it is the image's alternative text.
+    """
+
+    caption = ""
+
+    def _ipython_display_(self):
+        from IPython.display import Image, Markdown, display
+
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight")
+        display(Image(buffer.getvalue(), format="png", alt=self.caption))
+        display(Markdown(re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", self.caption)))
+
+
+# -- images --------------------------------------------------------------------------------------------------------
+
+
+def _image_grid(rows, columns, title, size, caption_height):
+    """Return a figure with rows x columns axes for images, each `size` inches wide with a caption above it."""
     width = max(columns * size, 6)  # room for the title
-    figure = Figure(figsize=(width, rows * (size + caption) + 0.4), layout="constrained")
+    figure = CaptionedFigure(figsize=(width, rows * (size + caption_height) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -31,114 +54,131 @@ def _show_image(ax, image, caption=""):
 
 
 def plot_samples(split, rows=4, seed=0):
-    """Samples of each class: one column a class, `rows` random images in each, class names on top."""
+    """Plot `rows` random images of each class of a Split, one class per column."""
     rng = np.random.default_rng(seed)
     title, size = f"Samples of each class: {split.source}", min(0.95, 9.5 / len(CLASSES))
-    figure, axes = _image_grid(rows, len(CLASSES), title, size, caption=0.1)
+    figure, axes = _image_grid(rows, len(CLASSES), title, size, caption_height=0.1)
     for column, name in enumerate(CLASSES):
         members = rng.permutation(np.flatnonzero(split.labels == column))[:rows]
         for row, index in enumerate(members):
             _show_image(axes[row, column], split.images[index], name if row == 0 else "")
+    figure.caption = f"{rows} random images of each class, one class per column: {', '.join(CLASSES)}."
     return figure
 
 
 def plot_augmentations(image, draws, source):
-    """One training image, first as it is and then as training sees it.
+    """Plot a training image and augmentations of it.
 
-    image: uint8 (32, 32, 3). draws: uint8 (N, 32, 32, 3), what `utils.augment` returns for it.
+    image: uint8 (32, 32, 3). draws: uint8 (N, 32, 32, 3), from `augment`.
     """
     columns = 8
-    title = f"One image and {len(draws)} draws of its augmentation: {source}"
-    figure, axes = _image_grid(-(-(len(draws) + 1) // columns), columns, title, size=1.15, caption=0.12)
+    title = f"One image and {len(draws)} augmentations of it: {source}"
+    figure, axes = _image_grid(-(-(len(draws) + 1) // columns), columns, title, size=1.15, caption_height=0.12)
     _show_image(axes.flat[0], image, "original")
     for ax, draw in zip(axes.flat[1:], draws, strict=False):
         _show_image(ax, draw)
+    figure.caption = f"The original image, then {len(draws)} random augmentations of it."
     return figure
 
 
-def _plot_curves(curves, title, ylabel):
-    """Curves over epochs, {label: (values, colour, style of line, format)}, their final values marked, and named in
-    the legend."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+# -- curves --------------------------------------------------------------------------------------------------------
+
+
+def _axes(title, xlabel, ylabel):
+    figure = CaptionedFigure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    for label, (values, color, style, form) in curves.items():
+    ax.set_title(title, fontsize=12)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(alpha=0.3)
+    return figure, ax
+
+
+def _plot_curves(title, ylabel, train, test, digits):
+    """Plot a training and a test curve over the epochs, with the last values marked and in the legend."""
+    figure, ax = _axes(title, "epoch", ylabel)
+    for label, values, color, style in (("train", train, ORANGE, "--"), ("test", test, BLUE, "-")):
         epochs = np.arange(1, len(values) + 1)
-        last = f" (last: {values[-1]:{form}})" if values else " (no whole epoch)"
+        last = f" (last: {values[-1]:.{digits}f})" if values else " (no complete epoch)"
         ax.plot(epochs, values, style, color=color, marker="o", markersize=3, label=label + last)
         ax.plot(epochs[-1:], values[-1:], "o", color=color, markersize=8)
-    ax.set_title(title, fontsize=12)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel(ylabel)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
     ax.legend()
+    figure.caption = "There is no complete epoch yet."
     return figure
 
 
 def plot_loss(history, source):
-    """Loss curves: mean NLL of training and test over the epochs, final values marked."""
+    """Plot the mean NLL of training and test images over the epochs."""
     train, test = history["train_loss"], history["test_loss"]
-    curves = {"train": (train, ORANGE, "--", ".3f"), "test": (test, BLUE, "-", ".3f")}
-    return _plot_curves(curves, f"Loss: {source}", "mean negative log-likelihood")
+    figure = _plot_curves(f"Loss: {source}", "mean negative log-likelihood", train, test, 3)
+    if test:
+        best = int(np.argmin(test))
+        figure.caption = (
+            f"Loss after {len(test)} epochs: train {train[-1]:.3f}, test {test[-1]:.3f}. The test loss was lowest "
+            f"after epoch {best + 1} ({test[best]:.3f})."
+        )
+    return figure
 
 
 def plot_accuracy(history, source):
-    """Accuracy curves: percent correct of training and test over the epochs, final values marked."""
+    """Plot the accuracy on training and test images over the epochs."""
     train, test = history["train_accuracy"], history["test_accuracy"]
-    curves = {"train": (train, ORANGE, "--", ".2f"), "test": (test, BLUE, "-", ".2f")}
-    return _plot_curves(curves, f"Accuracy: {source}", "accuracy (%)")
+    figure = _plot_curves(f"Accuracy: {source}", "accuracy (%)", train, test, 2)
+    if test:
+        figure.caption = f"Accuracy after {len(test)} epochs: train {train[-1]:.2f} %, test {test[-1]:.2f} %."
+    return figure
 
 
 def plot_schedule(configs):
-    """The learning rate over training of each recipe in `configs`, {name: Config}."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    ax = figure.subplots()
+    """Plot the learning rate over training of each recipe in `configs`, {name: Config}."""
+    figure, ax = _axes("Learning rate over training", "epoch", "learning rate")
+    described = []
     for (name, config), color, style in zip(configs.items(), (ORANGE, BLUE, GREEN), ("--", "-", ":"), strict=False):
         progress = np.linspace(0, 1, 401)
         rates = [config.lr_at(fraction) for fraction in progress]
         label = f"{name} (peak: {max(rates):.4g})"
         ax.plot(config.epochs * progress, rates, style, color=color, linewidth=2, label=label)
-    ax.set_title("Learning rate over training", fontsize=12)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("learning rate")
+        described.append(f"{name}: {rates[0]:.3g} at first, {max(rates):.3g} at most, {rates[-1]:.3g} at the end")
     ax.set_ylim(bottom=0)
-    ax.grid(alpha=0.3)
     ax.legend()
+    figure.caption = f"Learning rates. {'; '.join(described)}."
     return figure
 
 
 def plot_lr_range(result, source):
-    """The smoothed loss against the learning rate, with the suggested rate marked.
+    """Plot the smoothed loss against the learning rate, with the suggestion marked.
 
-    result: what `dry_run.lr_range_test` returns.
+    result: from `lr_range_test`.
     """
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = _axes(f"Learning rate range test: {source}", "learning rate", "mean negative log-likelihood")
     ax.plot(result.lr, result.loss, color=BLUE, linewidth=2, label="smoothed training loss")
-    label = f"suggested peak: {result.suggestion:.2g}"
+    label = f"suggestion: {result.suggestion:.2g}"
     ax.axvline(result.suggestion, color=ORANGE, linestyle="--", linewidth=2, label=label)
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")  # the exponents of powers of ten would be too small to read
+    ax.xaxis.set_major_formatter("{x:g}")  # exponents of powers of ten would be too small to read
     low, high = min(result.loss), result.loss[0]
     ax.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low) + 0.1)
-    ax.set_title(f"Learning rate range test: {source}", fontsize=12)
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("mean negative log-likelihood")
-    ax.grid(alpha=0.3)
     ax.legend()
+    lowest = result.lr[int(np.argmin(result.loss))]
+    figure.caption = (
+        f"The loss falls from {high:.2f} to its minimum, {low:.2f}, at a learning rate of {lowest:.2g}. "
+        f"The suggestion, in the middle of the longest valley, is {result.suggestion:.2g}."
+        + (f" Above {result.lr[-1]:.2g} training diverged." if result.diverged else "")
+    )
     return figure
 
 
 def plot_training(history, source):
-    """How training went besides loss and accuracy: over the epochs, the gap between training and test accuracy, the
-    learning rate, and the seconds."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    """Plot the difference of training and test accuracy, the learning rate and the seconds of each epoch."""
+    figure = CaptionedFigure(figsize=(9, 3.2), layout="constrained")
     figure.suptitle(f"Training: {source}", fontsize=12)
-    pairs = zip(history["train_accuracy"], history["test_accuracy"], strict=True)
+    gap = [a - b for a, b in zip(history["train_accuracy"], history["test_accuracy"], strict=True)]
+    seconds = history["seconds"]
     curves = {
-        "train minus test accuracy (points)": ([train - test for train, test in pairs], ORANGE),
+        "train minus test accuracy (points)": (gap, ORANGE),
         "learning rate": (history["lr"], BLUE),
-        "seconds, test included": (history["seconds"], GREEN),
+        "seconds, with the test": (seconds, GREEN),
     }
     for ax, (title, (values, color)) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         ax.plot(np.arange(1, len(values) + 1), values, color=color, marker="o", markersize=3)
@@ -147,65 +187,74 @@ def plot_training(history, source):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         low, high = ax.get_ylim()
-        ax.set_ylim(min(low, 0), 1.05 * max(high, 0) or 1)  # from 0, lest a constant look like noise
+        ax.set_ylim(min(low, 0), 1.05 * max(high, 0) or 1)  # with 0, so that a constant does not look like noise
+    figure.caption = "There is no complete epoch yet."
+    if seconds:
+        figure.caption = (
+            f"Train minus test accuracy: {gap[0]:.2f} points in the first epoch, {gap[-1]:.2f} in the last. Median "
+            f"time of an epoch: {statistics.median(seconds):.3g} s ({min(seconds):.3g} to {max(seconds):.3g} s)."
+        )
     return figure
 
 
-def plot_confusion(confusion, pairs, source, names=CLASSES):
-    """The confusion matrix in percent of each actual class, and beside it the most confused pairs by name.
+# -- error analysis ------------------------------------------------------------------------------------------------
 
-    confusion: int64 (C, C), of `analysis.confusion_matrix`. pairs: what `analysis.most_confused` returns for it.
+
+def plot_confusion(confusion, pairs, source, names=CLASSES):
+    """Plot the confusion matrix in percent of each actual class, and list the most frequent confusions.
+
+    confusion: int64 (C, C), from `confusion_matrix`. pairs: from `most_confused`.
     """
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = CaptionedFigure(figsize=(9, 5.2), layout="constrained")
     figure.suptitle(f"Confusion matrix, percent of each actual class: {source}", fontsize=12)
-    ax, beside = figure.subplots(1, 2, width_ratios=[5, 2])
+    ax, side = figure.subplots(1, 2, width_ratios=[5, 2])
     percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    mistakes = np.where(np.eye(len(percent), dtype=bool), np.nan, percent)  # coloured alone: hits would drown them
+    mistakes = np.where(np.eye(len(percent), dtype=bool), np.nan, percent)  # the diagonal would dominate the colours
     highest = max(np.nanmax(mistakes), 1e-9)
     ax.imshow(mistakes, cmap="Blues", vmin=0, vmax=highest)
     for (row, column), value in np.ndenumerate(percent):
-        hit, dark = row == column, mistakes[row, column] > 0.6 * highest
-        ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9,
-                color="white" if dark else "black", fontweight="bold" if hit else "normal")  # fmt: skip
+        color = "white" if mistakes[row, column] > 0.6 * highest else "black"
+        weight = "bold" if row == column else "normal"
+        ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9, color=color, fontweight=weight)
     ax.set_xticks(range(len(percent)), names[: len(percent)], rotation=45, ha="right")
     ax.set_yticks(range(len(percent)), names[: len(percent)])
     ax.set_xlabel("predicted")
     ax.set_ylabel("actual")
-    beside.set_axis_off()
+    side.set_axis_off()
     lines = [f"{pair.count:>3}  {pair.actual} as {pair.predicted}" for pair in pairs]
     text = "\n".join(["most confused (images)", *lines] if lines else ["no mistakes"])
-    beside.text(0, 1, text, transform=beside.transAxes, va="top", fontsize=10, linespacing=1.6)
+    side.text(0, 1, text, transform=side.transAxes, va="top", fontsize=10, linespacing=1.6)
+    worst = [f"{pair.actual} predicted as {pair.predicted} ({pair.count} images)" for pair in pairs[:3]]
+    figure.caption = f"Most frequent confusions: {', '.join(worst)}." if worst else "There are no mistakes."
     return figure
 
 
 def plot_class_accuracy(result, source, names=CLASSES):
-    """The accuracy of each class with its 95 % interval, the best on top.
+    """Plot the accuracy of each class with its 95 % confidence interval, highest on top.
 
-    result: what `analysis.class_accuracy` returns.
+    result: from `class_accuracy`.
     """
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = _axes(f"Accuracy per class with 95 % confidence interval: {source}", "accuracy (%)", "")
     order = np.argsort(result.accuracy)
-    order = order[~np.isnan(result.accuracy[order])]  # without classes of which there is no image
+    order = order[~np.isnan(result.accuracy[order])]  # without absent classes
     accuracy, low, high = (values[order] for values in result)
     ax.errorbar(accuracy, range(len(order)), xerr=[accuracy - low, high - accuracy], fmt="o", color=BLUE, capsize=4)
     ax.set_yticks(range(len(order)), [f"{names[i]}  {result.accuracy[i]:.1f}" for i in order])
-    ax.set_title(f"Accuracy of each class with its 95 % interval: {source}", fontsize=12)
-    ax.set_xlabel("accuracy (%)")
-    ax.grid(alpha=0.3)
+    ends = [f"{names[order[k]]}, {accuracy[k]:.1f} % ({low[k]:.1f} to {high[k]:.1f})" for k in (0, -1)]
+    figure.caption = f"Lowest accuracy: {ends[0]}. Highest accuracy: {ends[1]}."
     return figure
 
 
 def plot_calibration(result, source):
-    """The reliability diagram, accuracy against confidence, and below it how many images each bin holds.
+    """Plot the reliability diagram, accuracy against confidence, and the number of images per bin.
 
-    result: what `analysis.calibration` returns.
+    result: from `calibration`.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = CaptionedFigure(figsize=(9, 5), layout="constrained")
     figure.suptitle(f"Calibration: {source}", fontsize=12)
     ax, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     filled, centres = result.count > 0, (np.arange(len(result.count)) + 0.5) / len(result.count)
-    ax.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="as often right as it is confident")
+    ax.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="perfect calibration")
     label = f"this network (expected calibration error: {100 * result.error:.1f} points)"
     ax.plot(100 * result.confidence[filled], 100 * result.accuracy[filled], "o-", color=BLUE, label=label)
     ax.set_ylabel("accuracy (%)")
@@ -217,85 +266,103 @@ def plot_calibration(result, source):
     below.set_ylim(bottom=0.8)
     below.set_ylabel("images")
     below.set_xlabel("confidence: probability of the predicted class (%)")
+    means = [
+        100 * np.average(values[filled], weights=result.count[filled])
+        for values in (result.confidence, result.accuracy)
+    ]
+    figure.caption = (
+        f"Mean confidence {means[0]:.1f} %, accuracy {means[1]:.1f} %. Expected calibration error: "
+        f"{100 * result.error:.1f} points."
+    )
     return figure
 
 
-def _bars_grid(rows, columns, title, caption):
-    """A Figure at notebook width with rows x columns pairs of axes: for an image, and for the bars beside it."""
-    figure = Figure(figsize=(9, rows * (1.05 + caption) + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.15] * columns)
-    for number, ax in enumerate(axes.flat):
-        ax.set_axis_off()
-        ax.set_box_aspect(1 / 1.15 if number % 2 else 1)  # bars as tall as the image
-    return figure, axes.reshape(-1, 2)
+class _BarsGrid:
+    """A figure with rows x columns cells, each an image with bars for its most probable classes."""
 
+    def __init__(self, rows, columns, title, caption_height):
+        self.figure = CaptionedFigure(figsize=(9, rows * (1.05 + caption_height) + 0.4), layout="constrained")
+        self.figure.suptitle(title, fontsize=12)
+        axes = self.figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.15] * columns)
+        for number, ax in enumerate(axes.flat):
+            ax.set_axis_off()
+            ax.set_box_aspect(1 / 1.15 if number % 2 else 1)  # bars as high as the image
+        self.cells = iter(axes.reshape(-1, 2))
 
-def _show_bars(ax, names, probabilities, colors, marked=None):
-    """The likeliest classes as bars, the likeliest on top, their names on them, the one `marked` in bold."""
-    ax.barh(range(len(names)), probabilities, color=colors, height=0.85)
-    for place, name in enumerate(names):
-        ax.text(0.03, place, name, va="center", fontsize=9, fontweight="bold" if name == marked else "normal")
-    ax.set_xlim(0, 1)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    def add(self, image, caption, names, probabilities, marked=None):
+        """Fill the next cell. marked: the class whose name is bold and whose bar alone is blue."""
+        ax, side = next(self.cells)
+        ax.imshow(image, interpolation="nearest")
+        ax.set_title(caption, fontsize=9, pad=3, loc="left", parse_math=False)
+        side.barh(
+            range(len(names)), probabilities, color=[SKY if marked in (None, n) else ORANGE for n in names], height=0.85
+        )
+        for place, name in enumerate(names):
+            side.text(0.03, place, name, va="center", fontsize=9, fontweight="bold" if name == marked else "normal")
+        side.set_xlim(0, 1)
+        side.set_ylim(len(names) - 0.5, -0.5)
 
 
 def plot_misclassified(split, mistakes, rows=4, columns=4, which=None, names=CLASSES):
-    """A grid of misclassified images with predicted label, its probability and actual label; beside each the three
-    likeliest classes as bars, the actual one in bold and in another colour.
+    """Plot misclassified images with their three most probable classes; the actual class is bold and blue.
 
-    mistakes: what `analysis.misclassified` returns for the same split, shown in its order. which: in words, which
-    mistakes these are, if not all.
+    mistakes: from `misclassified` on the same split, plotted in its order. which: description of the selected
+    mistakes, for the title.
     """
     n = len(mistakes.index)
     title = f"{n:,} of {len(split):,} misclassified ({100 * n / len(split):.1f} %): {split.source}"
     if which:
         title = f"{which}, {n:,} image{'s' if n != 1 else ''}: {split.source}"
-    figure, axes = _bars_grid(rows, columns, title, caption=0.36)
-    for (ax, beside), index, probabilities in zip(axes, *mistakes, strict=False):
-        likeliest, actual = np.argsort(-probabilities, kind="stable")[:3], split.labels[index]
-        caption = f"pred. {names[likeliest[0]]}, {100 * probabilities[likeliest[0]]:.0f} %\nactual {names[actual]}"
-        _show_image(ax, split.images[index])
-        ax.set_title(caption, fontsize=9, pad=3, loc="left")
-        colors = [SKY if i == actual else ORANGE for i in likeliest]
-        _show_bars(beside, [names[i] for i in likeliest], probabilities[likeliest], colors, marked=names[actual])
-    return figure
+    grid, described = _BarsGrid(rows, columns, title, caption_height=0.36), []
+    for index, probabilities in list(zip(*mistakes, strict=True))[: rows * columns]:
+        top, actual = np.argsort(-probabilities, kind="stable")[:3], names[split.labels[index]]
+        predicted, confidence = names[top[0]], 100 * probabilities[top[0]]
+        caption = f"pred. {predicted}, {confidence:.0f} %\nactual {actual}"
+        grid.add(split.images[index], caption, [names[i] for i in top], probabilities[top], marked=actual)
+        described.append(f"{actual} predicted as {predicted} ({confidence:.0f} %)")
+    grid.figure.caption = (
+        f"Shown, row by row: {', '.join(described)}." if described else "There are no mistakes to show."
+    )
+    return grid.figure
 
 
 def plot_predictions(predictions, source, columns=4):
-    """Images as the network saw them, their names above, and beside each its likeliest classes as bars.
+    """Plot images as the network received them, with their most probable classes.
 
-    predictions: what `inference.predict` returns. source: where the images are from, in words.
+    predictions: from `predict`. source: where the images come from, for the title.
     """
-    title = f"What the network takes {'this' if len(predictions) == 1 else 'these'} for: {source}"
-    figure, axes = _bars_grid(-(-len(predictions) // columns), columns, title, caption=0.2)
-    for (ax, beside), (source, image, classes, probabilities) in zip(axes, predictions, strict=False):
-        _show_image(ax, image)
+    title = f"Predictions: {source}"
+    grid, described = _BarsGrid(-(-len(predictions) // columns), columns, title, caption_height=0.2), []
+    for source, image, classes, probabilities in predictions:
         name = Path(source).name
         name = name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}"
-        ax.set_title(name, fontsize=9, pad=3, loc="left", parse_math=False)
-        _show_bars(beside, [f"{name} {100 * p:.0f} %" for name, p in zip(classes, probabilities, strict=True)],
-                   probabilities, [SKY] * len(classes))  # fmt: skip
-    return figure
+        labels = [f"{label} {100 * p:.0f} %" for label, p in zip(classes, probabilities, strict=True)]
+        grid.add(image, name, labels, probabilities)
+        described.append(f"{name}: {labels[0]}")
+    grid.figure.caption = f"Most probable class per file. {'; '.join(described)}."
+    return grid.figure
 
 
 def plot_grad_cam(pairs, source):
-    """Where the network looks when it is right and when it is wrong: a row for each pair of images of one class.
+    """Plot Grad-CAM maps of a correct prediction (left) and a mistake (right) of the same class, one pair per row.
 
-    On the left a right prediction and what spoke for it; on the right a wrong one, what spoke for the class predicted,
-    and what spoke for the actual class. pairs: what `analysis.grad_cam_pairs` returns.
+    The mistake has two maps: for the predicted class and for the actual class. pairs: from `grad_cam_pairs`.
     """
-    figure, axes = _image_grid(max(len(pairs), 1), 5, f"Grad-CAM, right and wrong: {source}", size=1.8, caption=0.25)
+    title = f"Grad-CAM of correct predictions and mistakes: {source}"
+    figure, axes = _image_grid(max(len(pairs), 1), 5, title, size=1.8, caption_height=0.25)
+    described = []
     for row, pair in zip(axes, pairs, strict=False):
-        shown = [
-            (pair.right, None, f"{pair.actual}, recognised"),
+        cells = [
+            (pair.right, None, f"{pair.actual}, correct"),
             (pair.right, pair.right_cam, f"for {pair.actual}, {100 * pair.right_confidence:.0f} %"),
-            (pair.wrong, None, f"{pair.actual}, missed"),
+            (pair.wrong, None, f"{pair.actual}, mistake"),
             (pair.wrong, pair.wrong_cam, f"for {pair.predicted}, {100 * pair.wrong_confidence:.0f} %"),
             (pair.wrong, pair.missed_cam, f"for {pair.actual}"),
         ]
-        for ax, (image, cam, caption) in zip(row, shown, strict=True):
+        for ax, (image, cam, caption) in zip(row, cells, strict=True):
             _show_image(ax, image, caption)
             if cam is not None:
                 ax.imshow(cam, cmap="viridis", vmin=0, vmax=1, alpha=0.55, extent=ax.images[0].get_extent())
+        described.append(f"{pair.actual}, and {pair.actual} predicted as {pair.predicted}")
+    figure.caption = f"Rows: {'; '.join(described)}." if described else "There are no pairs to compare."
     return figure
