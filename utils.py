@@ -1,22 +1,43 @@
-"""The notebook's vocabulary: names re-exported from the package."""
+"""The names of the package `session8` that notebooks use, by topic."""
 
-from session8.checkpoint import count_macs, describe_record, load_model, save_model, write_record
-from session8.config import RECIPES, Config, get_device
+# fmt: off
+# Data: find or download CIFAR-10; hold out training images for validation.
 from session8.data import CLASSES, load_cifar10, validation_split
-from session8.loaders import augment, make_loader, test_transforms, train_transforms
-from session8.plots import (
-    plot_accuracy,
-    plot_augmentations,
-    plot_calibration,
-    plot_class_accuracy,
-    plot_confusion,
-    plot_grad_cam,
-    plot_loss,
-    plot_lr_range,
-    plot_misclassified,
-    plot_predictions,
-    plot_samples,
-    plot_schedule,
-    plot_training,
+# The recipe, and the device.
+from session8.config import RECIPES, Config
+from session8.device import get_device
+# Augmentation and batches.
+from session8.augment import augment, test_transforms, train_transforms
+from session8.loaders import make_loader
+# Before training: the learning rate range test, and an estimate of the time.
+from session8.lr_finder import estimate_seconds, lr_range_test
+# Training and testing.
+from session8.training import collect_logits, fit, run_folder, test, train, train_step
+# Saved weights, and the record of a run.
+from session8.checkpoint import load_model, save_model
+from session8.records import count_macs, describe_record, write_record
+# Error analysis.
+from session8.analysis import (
+    calibration, class_accuracy, confusion_matrix, grad_cam_pairs, misclassified, most_confused,
 )
-from session8.training import fit, run_folder, test, train
+# Inference.
+from session8.inference import export_onnx, predict
+# Figures.
+from session8.plots import (
+    plot_accuracy, plot_augmentations, plot_calibration, plot_class_accuracy, plot_confusion, plot_grad_cam, plot_loss,
+    plot_lr_range, plot_misclassified, plot_predictions, plot_samples, plot_schedule, plot_training,
+)
+
+__all__ = [
+    "CLASSES", "load_cifar10", "validation_split",
+    "RECIPES", "Config", "get_device",
+    "augment", "test_transforms", "train_transforms", "make_loader",
+    "estimate_seconds", "lr_range_test",
+    "collect_logits", "fit", "run_folder", "test", "train", "train_step",
+    "load_model", "save_model", "count_macs", "describe_record", "write_record",
+    "calibration", "class_accuracy", "confusion_matrix", "grad_cam_pairs", "misclassified", "most_confused",
+    "export_onnx", "predict",
+    "plot_accuracy", "plot_augmentations", "plot_calibration", "plot_class_accuracy", "plot_confusion",
+    "plot_grad_cam", "plot_loss", "plot_lr_range", "plot_misclassified", "plot_predictions", "plot_samples",
+    "plot_schedule", "plot_training",
+]
