@@ -1,7 +1,7 @@
-"""What stands between an epoch of training and the compute limit: `python benchmarks/epoch.py`.
+"""Time of a training epoch, compared with computing alone: `python benchmarks/epoch.py`.
 
-The limit is the same number of steps, of the same sizes, on one batch that stays on the device. Also: how an epoch
-grows with the number of images and of workers, and the peak memory of a training process.
+The limit is the same number of steps, of the same sizes, on one batch that stays on the device. Also measures how an
+epoch scales with the number of images and of loader processes, and the peak memory of a training process.
 """
 
 import contextlib
@@ -12,52 +12,51 @@ import subprocess
 import sys
 
 import torch
-from common import evenly, in_turn, make_benchmark_parser, ratio, real_splits, report, training_images
+from common import load_splits, load_training_split, make_parser, ratio, report, subset, time_alternately
 
 from model_AC import AdvancedCNN
-from session8.config import Config, memory_format
-from session8.training import fit, kernels, make_loader, make_optimizer, make_scaler, train, train_step
+from session8.config import Config
+from session8.device import backend_flags, memory_format
+from session8.loaders import make_loader
+from session8.training import fit, make_optimizer, make_scaler, train, train_step
 
 
-def sides_of(split, config, device, workers):
-    """The limit and an epoch of `train` with each number of workers: functions to be timed, by name.
+def make_functions(split, config, device, workers):
+    """Return functions to time, by name: the limit, and an epoch of `train` for each number of workers.
 
-    All is warm: the workers run, and a step of each size has been taken, so that its kernels are chosen.
+    The workers are started and the kernels of each batch size are selected.
     """
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=memory_format(device))
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
-    loaders = {n: make_loader(split, config.batch_size, num_workers=n) for n in workers}
-    images, labels = next(iter(make_loader(split, config.batch_size, num_workers=0)))
+    loaders = {n: make_loader(split, config.batch_size, num_workers=n, device=device) for n in workers}
+    images, labels = next(iter(make_loader(split, config.batch_size, num_workers=0, device=device)))
     images, labels = images.to(device), labels.to(device)
     sizes = [len(batch) for batch in torch.arange(len(split)).split(config.batch_size)]
 
-    def limit():
+    def limit(sizes=sizes):
         model.train()
-        with kernels(config):
+        with backend_flags(config):
             for n in sizes:
                 train_step(model, images[:n], labels[:n], optimizer, scaler, config, device)
 
     def epoch(loader):
         def work():
-            with kernels(config), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()):
                 train(model, loader, optimizer, config, device, scaler=scaler)
 
         return work
 
     for loader in loaders.values():
         next(iter(loader))
-    model.train()
-    with kernels(config):
-        for n in [*{*sizes}] * 5:
-            train_step(model, images[:n], labels[:n], optimizer, scaler, config, device)
+    limit([*set(sizes)] * 5)
     return {"limit": limit, **{f"{n} workers": epoch(loader) for n, loader in loaders.items()}}
 
 
 def peak_memory(options):
-    """Train and test one epoch in a process of its own. Returns its peak resident set and the GPU's peak, in GB.
+    """Train and test one epoch in a new process. Returns its peak resident set and the GPU's peak, in GB.
 
-    None for what the platform cannot tell. Without loader workers, which are processes of their own.
+    None for what the platform does not report.
     """
     command = [sys.executable, __file__, "--only-memory", "--device", str(options.device)]
     command += ["--batch-size", str(options.batch_size)]
@@ -65,12 +64,12 @@ def peak_memory(options):
         command += ["--data", options.data]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(done.returncode)  # what is wrong stands on standard error already
+        sys.exit(done.returncode)  # its message is on standard error
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def train_and_print_memory(options):
-    fit(AdvancedCNN(), *real_splits(options), Config(epochs=1, batch_size=options.batch_size), options.device)
+    fit(AdvancedCNN(), *load_splits(options), Config(epochs=1, batch_size=options.batch_size), options.device)
     try:
         import resource  # not on Windows
     except ImportError:
@@ -84,22 +83,22 @@ def train_and_print_memory(options):
 
 def main():
     sizes = {"images": [12_500, 25_000, 50_000], "workers": [0, 1, 2]}
-    parser = make_benchmark_parser(__doc__.splitlines()[0], rounds=2, batch_size=128, **sizes)
-    parser.add_argument("--only-memory", action="store_true", help="train one epoch, print peak memory")
+    parser = make_parser(__doc__.splitlines()[0], rounds=2, batch_size=128, **sizes)
+    parser.add_argument("--only-memory", action="store_true", help="train one epoch and print the peak memory")
     options = parser.parse_args()
     if options.only_memory:
         return train_and_print_memory(options)
-    split = training_images(options, max(options.images))
-    # Soon, while this process is small: on Linux, a new one's peak begins at that of the process which started it.
+    split = load_training_split(options, max(options.images))
+    # First: on Linux a new process inherits the peak of the process that starts it, which is small now.
     memory, gpu_memory = peak_memory(options)
     config = Config(batch_size=options.batch_size)
     rows = []
     for n in options.images:
-        sides = sides_of(evenly(split, n), config, options.device, options.workers)
-        times = in_turn(sides, options.rounds, options.device, warm_up=False)
+        functions = make_functions(subset(split, n), config, options.device, options.workers)
+        times = time_alternately(functions, options.rounds, options.device, warm_up=False)
         rows += [[f"{n:,}", name, statistics.median(times[name]), ratio(times, name, "limit")] for name in times]
     notes = {"peak resident set (GB)": memory, "peak GPU memory (GB)": gpu_memory}
-    columns = ["images", "epoch", "seconds", "over the limit"]
+    columns = ["images", "epoch", "seconds", "time / limit"]
     report("epoch", options, split, columns, rows, **{key: value for key, value in notes.items() if value})
 
 

@@ -1,41 +1,40 @@
-"""How many training images a second each way of loading delivers: `python benchmarks/input_pipeline.py`.
+"""Images per second of several input pipelines: `python benchmarks/input_pipeline.py`.
 
-Ours beside the usual notebook way, torchvision's transforms, and whole-batch tensor indexing as the limit; all end in
-the same normalised float batch on the training device (see sides.py).
+Compares ours, the usual notebook pipeline, torchvision's transforms, and indexing of whole batches as the limit. All
+end in normalised float batches on the training device; see pipelines.py.
 """
 
 import statistics
 
-from common import evenly, in_turn, make_benchmark_parser, ratio, report, training_images
-from sides import SIDES
+from common import load_training_split, make_parser, ratio, report, subset, time_alternately
+from pipelines import PIPELINES
 
 
-def measure(sides, train_split, batch_size, num_workers, rounds, device):
-    """Time one epoch of each side, in turn. Returns {name: [seconds, ...]}."""
+def measure(pipelines, split, batch_size, num_workers, rounds, device):
+    """Time one epoch of each pipeline, alternating. Returns {name: [seconds, ...]}."""
 
-    def one_epoch(side):
+    def one_epoch(pipeline):
         def work():
-            for _ in side:
+            for _ in pipeline:
                 pass
 
         return work
 
-    made = {name: make(train_split, batch_size, num_workers, device) for name, make in sides.items()}
-    return in_turn({name: one_epoch(side) for name, side in made.items()}, rounds, device)
+    made = {name: make(split, batch_size, num_workers, device) for name, make in pipelines.items()}
+    return time_alternately({name: one_epoch(pipeline) for name, pipeline in made.items()}, rounds, device)
 
 
 def main():
-    options = make_benchmark_parser(__doc__.splitlines()[0], images=10_000, rounds=7, batch_size=128).parse_args()
-    split = training_images(options, options.images)
-    some = evenly(split, options.images)
+    options = make_parser(__doc__.splitlines()[0], images=10_000, rounds=7, batch_size=128).parse_args()
+    split = subset(load_training_split(options, options.images), options.images)
     rows = []
     for num_workers in (0, 2):
-        sides = {name: side for name, side in SIDES.items() if num_workers == 0 or name != "limit"}
-        times = measure(sides, some, options.batch_size, num_workers, options.rounds, options.device)
-        for name in sides:
-            speed = len(some) / statistics.median(times[name])
+        pipelines = {name: make for name, make in PIPELINES.items() if num_workers == 0 or name != "limit"}
+        times = measure(pipelines, split, options.batch_size, num_workers, options.rounds, options.device)
+        for name in pipelines:
+            speed = len(split) / statistics.median(times[name])
             rows.append([name, str(num_workers), f"{speed:,.0f}", ratio(times, name, "ours")])
-    report("input_pipeline", options, split, ["way", "workers", "images/s", "time over ours"], rows)
+    report("input_pipeline", options, split, ["pipeline", "workers", "images/s", "time / ours"], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ResNet-20 for CIFAR-10, the small network that papers compare with (He et al. 2015, arXiv:1512.03385, 4.2)."""
+"""ResNet-20 for CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2), for comparison."""
 
 from itertools import pairwise
 
@@ -7,47 +7,49 @@ from torch import nn
 
 
 class ResNet20(nn.Module):
-    """A 3 by 3 convolution, then three stages of three blocks of two, 16, 32 and 64 channels wide.
+    """A 3 by 3 convolution and three stages of three blocks, 16, 32 and 64 channels wide.
 
-    Float (B, 3, 32, 32) in, normalised per channel; log-probabilities, float (B, num_classes), out. 0.27 M
-    parameters, 40.6 M multiply-accumulates. The weights begin as in He et al. 2015, arXiv:1502.01852.
+    0.27 M parameters, 40.6 M MACs. Weights are initialised as in He et al. (2015, arXiv:1502.01852).
+
+    Shape: float (B, 3, 32, 32), normalised per channel, to log-probabilities, float (B, num_classes).
     """
 
     def __init__(self, num_classes=10):
         super().__init__()
-        self.stem = nn.Sequential(_convolution(3, 16), nn.BatchNorm2d(16), nn.ReLU())
-        widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-        self.blocks = nn.Sequential(*(_Block(i, o) for i, o in pairwise(widths)))
-        self.dense = nn.Linear(64, num_classes)
+        self.arguments = {"num_classes": num_classes}
+        self.stem = nn.Sequential(_conv3x3(3, 16), nn.BatchNorm2d(16), nn.ReLU())
+        channels = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+        self.blocks = nn.Sequential(*(BasicBlock(i, o) for i, o in pairwise(channels)))
+        self.head = nn.Linear(64, num_classes)
 
     def forward(self, x):
         x = self.blocks(self.stem(x)).mean(dim=(2, 3))
-        return F.log_softmax(self.dense(x), dim=1)
+        return F.log_softmax(self.head(x), dim=1)
 
 
-class _Block(nn.Module):
-    """Two convolutions beside a shortcut without parameters (the paper's option A)."""
+class BasicBlock(nn.Module):
+    """Two convolutions with a parameter-free shortcut (option A of the paper)."""
 
-    def __init__(self, channels_in, channels_out):
+    def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.stride = 1 if channels_in == channels_out else 2
-        self.new = channels_out - channels_in
-        self.convolutions = nn.Sequential(
-            _convolution(channels_in, channels_out, self.stride),
-            nn.BatchNorm2d(channels_out),
+        self.stride = 1 if in_channels == out_channels else 2
+        self.added = out_channels - in_channels
+        self.residual = nn.Sequential(
+            _conv3x3(in_channels, out_channels, self.stride),
+            nn.BatchNorm2d(out_channels),
             nn.ReLU(),
-            _convolution(channels_out, channels_out),
-            nn.BatchNorm2d(channels_out),
+            _conv3x3(out_channels, out_channels),
+            nn.BatchNorm2d(out_channels),
         )
 
     def forward(self, x):
         shortcut = x[:, :, :: self.stride, :: self.stride]
-        if self.new:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))  # channels of zeros
-        return F.relu(self.convolutions(x) + shortcut)
+        if self.added:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))  # zero channels
+        return F.relu(self.residual(x) + shortcut)
 
 
-def _convolution(channels_in, channels_out, stride=1):
-    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
-    return convolution
+def _conv3x3(in_channels, out_channels, stride=1):
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    return conv

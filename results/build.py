@@ -1,4 +1,7 @@
-"""Write the tables and figures of README.md from the records in this folder, and from nothing else: `make results`."""
+"""Write the README's table and figures from the records and weights in this folder: `make results`.
+
+With a folder of CIFAR-10 as argument, also the figure of mistakes: `python results/build.py DIR`.
+"""
 
 import hashlib
 import json
@@ -13,29 +16,35 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
+from session8.analysis import misclassified
+from session8.checkpoint import load_model
 from session8.config import RECIPES, Config
-from session8.plots import BLUE, ORANGE
+from session8.data import load_cifar10
+from session8.plots import BLUE, ORANGE, plot_misclassified
+from session8.training import collect_logits
 
-README = RESULTS.parent / "README.md"
-MARKS = {
-    name: (f"<!-- {name}: written by `make results` -->\n", f"<!-- end of {name} -->\n")
-    for name in ("results", "benchmarks")
+# Where each generated section stands: {name: (file, first line, last line)}.
+SECTIONS = {
+    name: (RESULTS.parent / file, f"<!-- {name}: written by `make results` -->\n", f"<!-- end of {name} -->\n")
+    for name, file in (("results", "README.md"), ("benchmarks", "docs/benchmarks.md"))
 }
-LOOKS = {"AdvancedCNN": (BLUE, {"test": "-", "train": ":"}), "ResNet20": (ORANGE, {"test": "--", "train": "-."})}
+WEIGHTS = RESULTS / "AdvancedCNN_one_cycle_seed0_cpu.safetensors"  # whose mistakes are shown
+COLORS = {"AdvancedCNN": BLUE, "ResNet20": ORANGE}
+STYLES = {"default": "--", "one_cycle": "-"}
 
 
 def read_records():
-    """The published records, by file name."""
+    """Return the published records by file name."""
     return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def read_benchmarks():
-    """What the benchmarks measured, by file name."""
+    """Return the saved benchmarks by file name."""
     return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmarks/*.json"))}
 
 
 def recipe_name(record):
-    """The name of the recipe that a record's configuration is, whatever its seed, epochs and batch size."""
+    """Return the name of a record's recipe, ignoring seed, epochs and batch size; "other" if it has none."""
     config = Config(**record["config"])
     for name in RECIPES:
         if config == Config.named(name, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed):
@@ -43,33 +52,30 @@ def recipe_name(record):
     return "other"
 
 
-def recipe_of(record):
-    """A record's recipe in full, but for its seed, as text that is equal for equal recipes.
-
-    A number that an older record does not have is the default's.
-    """
+def recipe_key(record):
+    """Return a record's recipe without its seed, as text. A field that an older record lacks has its default."""
     recipe = asdict(Config(**record["config"])) | {"seed": None, "batch_size": record["batch_size"]}
     return json.dumps(recipe, sort_keys=True)
 
 
-def place_of(record):
-    """What two runs must share to be compared, beside the recipe: images and device."""
+def place_key(record):
+    """Return what two runs must share to be compared, besides the recipe: data and device."""
     return record["data_fingerprint"], record["device"]
 
 
 def accuracy_table(records):
-    """A Markdown table: a row for all runs of one network, recipe, data and device, which differ in their seed."""
+    """Return a Markdown table with one row per network, recipe, data and device; the runs of a row differ in seed."""
 
-    def kind(record):
+    def key(record):
         network = record["model"], record["width"] or 1.0, record["parameters"], record["macs"]
-        return recipe_name(record), recipe_of(record), *network, *place_of(record)
+        return recipe_name(record), recipe_key(record), *network, *place_key(record)
 
     rows = [
-        "| network | recipe | batch | epochs | runs | test accuracy, last epoch | train | parameters "
-        "| multiply-accumulates | median epoch | device |",
+        "| network | recipe | batch | epochs | runs | test accuracy | train accuracy | parameters | MACs "
+        "| median epoch | device |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for _, group in groupby(sorted(records.values(), key=kind), kind):
+    for _, group in groupby(sorted(records.values(), key=key), key):
         runs = list(group)
         first = runs[0]
         test, train = ([run["history"][f"{split}_accuracy"][-1] for run in runs] for split in ("test", "train"))
@@ -85,37 +91,30 @@ def accuracy_table(records):
     return "\n".join(rows) + "\n"
 
 
-def leads(records, recipe):
-    """Percentage points of test accuracy that AdvancedCNN, at width 1, is ahead of ResNet20: one number a pair.
-
-    A pair has the same recipe, of this name, the same seed, images and device.
-    """
-    pairs = {}
-    for record in records.values():
-        if recipe_name(record) == recipe and (record["width"] or 1) == 1:
-            pair = pairs.setdefault((recipe_of(record), record["config"]["seed"], *place_of(record)), {})
-            pair[record["model"]] = record["history"]["test_accuracy"][-1]
-    return [pair["AdvancedCNN"] - pair["ResNet20"] for pair in pairs.values() if {"AdvancedCNN", "ResNet20"} <= {*pair}]
+def headline(records):
+    """Return the result in one sentence: the mean test accuracy of AdvancedCNN with each recipe."""
+    ours = [record for record in records.values() if record["model"] == "AdvancedCNN" and (record["width"] or 1) == 1]
+    results = []
+    for recipe in RECIPES:
+        runs = [record for record in ours if recipe_name(record) == recipe]
+        if runs:
+            accuracy = statistics.mean(record["history"]["test_accuracy"][-1] for record in runs)
+            results.append(f"{accuracy:.2f} % after {runs[0]['config']['epochs']} epochs with the recipe `{recipe}`")
+    size = f"{ours[0]['parameters'] / 1e6:.2f} M parameters, {ours[0]['macs'] / 1e6:.1f} M MACs per image"
+    return f"Accuracy on the {ours[0]['n_test']:,} test images: {', '.join(results)} ({size}).\n"
 
 
 def results_section(records):
-    """What README.md says of accuracy."""
+    """Return the README's section on accuracy."""
     sources = sorted({record["data"] for record in records.values()})
-    parts = [accuracy_table(records), f"Data: {'; '.join(sources)}.\n"]
-    for recipe in RECIPES:
-        if ahead := leads(records, recipe):
-            runs = "one run each" if len(ahead) == 1 else f"{len(ahead)} runs each"
-            points = statistics.mean(ahead)
-            parts.append(
-                f"Recipe `{recipe}`: AdvancedCNN is {abs(points):.2f} points {'ahead of' if points >= 0 else 'behind'} "
-                f"ResNet20, with the same seeds, images and device ({runs}).\n"
-            )
-    parts += [f"![{name}: test accuracy over the epochs](results/{name}.png)\n" for name in figures(records)]
-    return "\n".join(parts)
+    return (
+        f"{headline(records)}\n![Test accuracy over the epochs](results/accuracy.png)\n\n{accuracy_table(records)}\n"
+        f"Accuracies are those of the last epoch. Data: {'; '.join(sources)}.\n"
+    )
 
 
-def benchmark_tables(benchmarks):
-    """What README.md says of speed: a Markdown table for each benchmark and device."""
+def benchmarks_section(benchmarks):
+    """Return the section on speed: one Markdown table per benchmark and device."""
     parts = []
     for record in benchmarks.values():
         options = [f"{key.replace('_', ' ')} {listed(value)}" for key, value in record["options"].items()]
@@ -133,28 +132,20 @@ def listed(value):
     return ", ".join(f"{number:,}" for number in value) if isinstance(value, list) else f"{value:,}"
 
 
-def figures(records):
-    """The records that each figure is made of: {figure's name: {file name: record}}, one figure a recipe."""
-    made = {}
-    for name, record in records.items():
-        made.setdefault(f"accuracy_{recipe_name(record)}", {})[name] = record
-    return dict(sorted(made.items()))
-
-
-def plot_comparison(records, recipe):
-    """Accuracy over the epochs of all runs with one recipe: test in thick lines, training in thin ones."""
+def plot_results(records):
+    """Plot the test accuracy of all records over the epochs, one colour per network and one line style per recipe."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    for model, (color, styles) in LOOKS.items():
-        histories = [record["history"] for record in records.values() if record["model"] == model]
-        for split, width in (("test", 2), ("train", 1)):
-            curves = [history[f"{split}_accuracy"] for history in histories]
+    for model, color in COLORS.items():
+        for recipe, style in STYLES.items():
+            runs = [r for r in records.values() if r["model"] == model and recipe_name(r) == recipe]
+            curves = [record["history"]["test_accuracy"] for record in runs]
+            label = f"{model}, {recipe} (last: {', '.join(f'{values[-1]:.2f}' for values in curves)})"
             for number, curve in enumerate(curves):
-                last = f"{model}, {split} (last: {', '.join(f'{values[-1]:.2f}' for values in curves)})"
-                label = None if number else last
-                ax.plot(range(1, len(curve) + 1), curve, styles[split], color=color, linewidth=width, label=label)
+                epochs = range(1, len(curve) + 1)
+                ax.plot(epochs, curve, style, color=color, linewidth=2, label=None if number else label)
     sources = sorted({record["data"] for record in records.values()})
-    ax.set_title(f"Accuracy with the recipe {recipe}: {'; '.join(sources)}", fontsize=12)
+    ax.set_title(f"Test accuracy: {'; '.join(sources)}", fontsize=12)
     ax.set_xlabel("epoch")
     ax.set_ylabel("accuracy (%), from 60")
     ax.set_ylim(bottom=60)
@@ -163,35 +154,41 @@ def plot_comparison(records, recipe):
     return figure
 
 
-def fingerprint(names):
-    """A SHA-256 over records, which the figure made of them carries as the text "Source"."""
+def plot_mistakes(data):
+    """Plot the most confident mistakes of the published weights on the test images in the folder `data`."""
+    _, test_split = load_cifar10(data)
+    model, _ = load_model(WEIGHTS)
+    logits = collect_logits(model, test_split, Config(precision="float32"))
+    return plot_misclassified(test_split, misclassified(logits, test_split.labels), rows=2)
+
+
+def fingerprint(*paths):
+    """Return a SHA-256 of files; a figure carries that of its sources as the text "Source"."""
     digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update((RESULTS / name).read_text(encoding="utf-8").encode())  # the same where git ends lines otherwise
+    for path in sorted(paths):
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n") if path.suffix == ".json" else path.read_bytes())
     return digest.hexdigest()
 
 
-def written(text, name):
-    """The part of README.md between the marks of one section, and what stands before and after it."""
-    begin, end = MARKS[name]
-    before, rest = text.split(begin)
+def split_section(name):
+    """Return the text before, inside and after a generated section of its file."""
+    path, begin, end = SECTIONS[name]
+    before, rest = path.read_text(encoding="utf-8").split(begin)
     inside, after = rest.split(end)
     return before + begin, inside, end + after
 
 
-def main():
-    records, benchmarks = read_records(), read_benchmarks()
-    for old in RESULTS.glob("*.png"):
-        old.unlink()
-    for name, of in figures(records).items():
-        figure = plot_comparison(of, name.removeprefix("accuracy_"))
-        figure.savefig(RESULTS / f"{name}.png", bbox_inches="tight", metadata={"Source": fingerprint(of)})
-    text = README.read_text(encoding="utf-8")
-    for name, content in (("results", results_section(records)), ("benchmarks", benchmark_tables(benchmarks))):
-        before, _, after = written(text, name)
-        text = before + content + after
-    README.write_text(text, encoding="utf-8")
+def main(data=None):
+    records = read_records()
+    source = {"Source": fingerprint(*RESULTS.glob("*.json"))}
+    plot_results(records).savefig(RESULTS / "accuracy.png", bbox_inches="tight", metadata=source)
+    if data:
+        source = {"Source": fingerprint(WEIGHTS)}
+        plot_mistakes(data).savefig(RESULTS / "mistakes.png", bbox_inches="tight", metadata=source)
+    for name, content in (("results", results_section(records)), ("benchmarks", benchmarks_section(read_benchmarks()))):
+        before, _, after = split_section(name)
+        SECTIONS[name][0].write_text(before + content + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

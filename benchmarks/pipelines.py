@@ -1,14 +1,10 @@
-"""Four ways from the training images to normalised float batches on the device, for `input_pipeline.py`.
+"""Input pipelines for `input_pipeline.py`: from the training images to normalised float batches on the device.
 
-Each takes (split, batch_size, num_workers, device) and returns an iterable; one pass over it is one epoch in random
-order, every image padded by four zero pixels, cropped at random and flipped half the time. It yields (images float32
-(B, 3, 32, 32) normalised, labels int64 (B,)), both on the device. The usual way is written as it usually is: of its
-forked workers, each draws the same crops and flips as the others.
+Each class takes (split, batch_size, num_workers, device). An iteration is one epoch in random order, with each image
+padded by four zero pixels, cropped at random and flipped with probability 0.5. It yields (images float32
+(B, 3, 32, 32), labels int64 (B,)) on the device. `Usual` is written as in common notebooks; its forked workers draw
+identical crops and flips.
 """
-
-import os
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the package index for news: 2 s
 
 import albumentations as A
 import numpy as np
@@ -18,16 +14,17 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
+from session8.augment import PADDING, normalize, pad
 from session8.data import MEAN, STD
-from session8.loaders import PADDING, make_loader
-from session8.training import normalize
+from session8.loaders import make_loader
 
 
 class Ours:
     """This project's loader: uint8 batches, normalised on the device."""
 
     def __init__(self, split, batch_size, num_workers, device):
-        self.loader, self.device, self.epoch = make_loader(split, batch_size, num_workers=num_workers), device, 0
+        self.loader = make_loader(split, batch_size, num_workers=num_workers, device=device)
+        self.device, self.epoch = device, 0
 
     def __iter__(self):
         self.loader.set_epoch(self.epoch)
@@ -37,7 +34,7 @@ class Ours:
 
 
 class _InMemory(CIFAR10):
-    """torchvision's dataset, its own `__getitem__` and all, over images that are loaded already."""
+    """torchvision's dataset, with its own `__getitem__`, over images in memory."""
 
     def __init__(self, split, transform):
         self.data, self.targets = split.images, split.labels.tolist()
@@ -45,7 +42,7 @@ class _InMemory(CIFAR10):
 
 
 class _PerItem:
-    """torchvision's dataset and PyTorch's default collation."""
+    """torchvision's dataset with PyTorch's default collation."""
 
     transform = None
 
@@ -82,13 +79,13 @@ class _Albumentations:
 
 
 class Usual(_PerItem):
-    """The usual notebook way: PIL, NumPy, and albumentations item by item, normalisation included."""
+    """The usual notebook pipeline: PIL, NumPy, and albumentations per item, with normalisation."""
 
     transform = _Albumentations()
 
 
 class Torchvision(_PerItem):
-    """torchvision's own transforms on PIL images, item by item."""
+    """torchvision's transforms on PIL images, per item."""
 
     transform = transforms.Compose(
         [
@@ -101,11 +98,10 @@ class Torchvision(_PerItem):
 
 
 class Limit:
-    """The limit: crop and flip of whole batches by indexing one padded uint8 tensor on the device, without workers."""
+    """The limit: crop and flip of whole batches by indexing one padded uint8 tensor on the device."""
 
     def __init__(self, split, batch_size, num_workers, device):
-        padding = ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0))
-        self.images = torch.from_numpy(np.pad(split.images, padding)).to(device)
+        self.images = torch.from_numpy(pad(split.images)).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.batch_size, self.device = batch_size, device
 
@@ -119,4 +115,4 @@ class Limit:
             yield normalize(images, self.device), self.labels[index]
 
 
-SIDES = {"ours": Ours, "usual": Usual, "torchvision": Torchvision, "limit": Limit}
+PIPELINES = {"ours": Ours, "usual": Usual, "torchvision": Torchvision, "limit": Limit}
