@@ -1,35 +1,51 @@
 import os
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports it: it would ask the package index for news
+# Before the imports that read them: albumentations would query the package index; and the processes that the tests
+# start compete for the cores.
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import multiprocessing.util
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from fakes import official_archive
+from fakes import class_folders, official_archive
 
-from session8 import data as cifar10
+from session8 import data
 
-# The networks of the tests are too small for threads to pay, and beside another job those would wait for each other.
+# The tests' networks are too small for several threads, and each pytest-xdist worker has one core.
 torch.set_num_threads(1)
 
-# Sockets of worker processes go here: in a test's own folder their paths would be too long for some systems.
+# Created early: in a test's folder the paths of the workers' sockets would be too long for some systems.
 multiprocessing.util.get_temp_dir()
 
-REAL_DATA = os.environ.get("CIFAR10_ROOT")
+# The user's folder; workers of pytest-xdist inherit the name under which the main process keeps it.
+REAL_DATA = os.environ.setdefault("REAL_CIFAR10_ROOT", os.environ.get("CIFAR10_ROOT", ""))
+
+
+def pytest_configure(config):
+    """Give the notebook that nbmake executes a few images: its kernel inherits the environment."""
+    config.few_images = tempfile.TemporaryDirectory()
+    class_folders(config.few_images.name, per_train=20, per_test=10)
+    os.environ["CIFAR10_ROOT"] = config.few_images.name
+
+
+def pytest_unconfigure(config):
+    config.few_images.cleanup()
 
 
 @pytest.fixture(autouse=True)
-def no_data_but_the_tests_own(monkeypatch, tmp_path):
-    """No test may find, or try to download, data that it did not make."""
+def hide_other_data(monkeypatch, tmp_path):
+    """Hide all data from the tests except their own."""
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.delenv("CIFAR10_URL", raising=False)
     monkeypatch.setenv("no_proxy", "*")  # the tests' server is on this machine
-    monkeypatch.setattr(cifar10, "MIRRORS", ())
-    monkeypatch.setattr(cifar10, "DATA_FOLDER", tmp_path / "data")
+    monkeypatch.setattr(data, "MIRRORS", ())
+    monkeypatch.setattr(data, "DATA_FOLDER", tmp_path / "data")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
@@ -42,17 +58,17 @@ def real_root():
 
 @pytest.fixture
 def real_splits(real_root):
-    return cifar10.load_cifar10(real_root)
+    return data.load_cifar10(real_root)
 
 
 @pytest.fixture(scope="session")
 def synthetic():
-    return cifar10.synthetic_cifar10(300, 100)
+    return data.synthetic_cifar10(300, 100)
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves the archive at /good, and at other paths each fault by its name. Knows which paths were asked for."""
+    """Serve the archive at /good, and a fault at each other path. `requests` lists the paths that were requested."""
     archive, splits = official_archive(tmp_path / "served", monkeypatch)
     body = archive.read_bytes()
     stop = threading.Event()
@@ -60,9 +76,11 @@ def server(tmp_path, monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             fault = self.path.strip("/")
-            server.asked.append(fault)
+            server.requests.append(fault)
             if fault == "mute":
                 stop.wait(30)
+            if fault == "late":
+                stop.wait(1)
             if fault == "missing":
                 return self.send_error(404)
             self.send_response(200)
@@ -75,11 +93,6 @@ def server(tmp_path, monkeypatch):
             elif fault == "silent":
                 self.wfile.write(body[: len(body) // 2])
                 stop.wait(30)
-            elif fault == "slow":
-                for byte in body:
-                    self.wfile.write(bytes([byte]))
-                    if stop.wait(0.05):
-                        return
             else:
                 self.wfile.write(body)
 
@@ -92,12 +105,11 @@ def server(tmp_path, monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.asked, server.splits = [], splits
+    server.requests, server.splits = [], splits
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr(cifar10, "SILENCE_SECONDS", 0.8)
-    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.8)
+    monkeypatch.setattr(data, "TIMEOUT", 0.8)
     yield server
     stop.set()
     server.shutdown()

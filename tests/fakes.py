@@ -1,4 +1,4 @@
-"""Small copies of CIFAR-10 on disk, in both layouts, for the tests and for the notebook's smoke run."""
+"""Small copies of CIFAR-10 on disk in both layouts, and images that encode positions."""
 
 import hashlib
 import pickle
@@ -9,15 +9,15 @@ import numpy as np
 import torchvision
 from PIL import Image
 
-from session8 import data as cifar10
+from session8 import data
 
 
 def class_folders(root, per_train=2, per_test=1, suffix=".png", seed=0):
     """Write train/<class>/ and test/<class>/ with images of the synthetic stand-in; return both splits."""
-    splits = cifar10.synthetic_cifar10(10 * per_train, 10 * per_test, seed)
+    splits = data.synthetic_cifar10(10 * per_train, 10 * per_test, seed)
     for name, split in zip(("train", "test"), splits, strict=True):
         for index, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            folder = Path(root) / name / cifar10.CLASSES[label]
+            folder = Path(root) / name / data.CLASSES[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{index:05}{suffix}")
     return splits
@@ -25,8 +25,8 @@ def class_folders(root, per_train=2, per_test=1, suffix=".png", seed=0):
 
 def official_batches(root, monkeypatch, per_batch=20):
     """Write cifar-10-batches-py/ with small batches, and have torchvision expect their checksums."""
-    train, test = cifar10.synthetic_cifar10(5 * per_batch, per_batch)
-    folder = Path(root) / cifar10.BATCHES
+    train, test = data.synthetic_cifar10(5 * per_batch, per_batch)
+    folder = Path(root) / data.BATCHES
     folder.mkdir(parents=True)
 
     def write(name, content):
@@ -42,7 +42,7 @@ def official_batches(root, monkeypatch, per_batch=20):
     expected = torchvision.datasets.CIFAR10
     monkeypatch.setattr(expected, "train_list", lists)
     monkeypatch.setattr(expected, "test_list", [batch("test_batch", test.images, test.labels)])
-    filename, md5 = write("batches.meta", {"label_names": list(cifar10.CLASSES)})
+    filename, md5 = write("batches.meta", {"label_names": list(data.CLASSES)})
     monkeypatch.setattr(expected, "meta", {"filename": filename, "key": "label_names", "md5": md5})
     return train, test
 
@@ -51,15 +51,23 @@ def official_archive(root, monkeypatch):
     """Write cifar-10-python.tar.gz with small batches, and have cifar10 expect its checksum."""
     root = Path(root)
     splits = official_batches(root / "unpacked", monkeypatch)
-    archive = root / cifar10.ARCHIVE
+    archive = root / data.ARCHIVE
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(root / "unpacked" / cifar10.BATCHES, cifar10.BATCHES)
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+        tar.add(root / "unpacked" / data.BATCHES, data.BATCHES)
+    monkeypatch.setattr(data, "ARCHIVE_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     return archive, splits
 
 
 def position_coded(n):
-    """n equal images that carry each pixel's row + 1 and column + 1 in their channels; labels by turns."""
+    """Return a Split of n equal images whose first two channels are each pixel's row + 1 and column + 1."""
     rows, columns = np.meshgrid(np.arange(1, 33), np.arange(1, 33), indexing="ij")
     image = np.stack([rows, columns, np.full_like(rows, 255)], axis=-1).astype(np.uint8)
-    return cifar10.Split(np.repeat(image[None], n, axis=0), np.arange(n) % 10, "position-coded")
+    return data.Split(np.repeat(image[None], n, axis=0), np.arange(n) % 10, "position-coded")
+
+
+def read_positions(images):
+    """Read from crops of position-coded images the offsets (row, column) in 0..8, and whether they were flipped."""
+    images = np.asarray(images).astype(int)
+    flipped = images[:, 16, 17, 1] < images[:, 16, 16, 1]
+    column = np.where(flipped, images[:, 16, 15, 1], images[:, 16, 16, 1])  # the crop's column 16 before the flip
+    return images[:, 16, 16, 0] - 1 - 16 + 4, column - 1 - 16 + 4, flipped

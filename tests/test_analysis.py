@@ -1,4 +1,4 @@
-"""The analysis against independent computations, and its figures against what they show."""
+"""The analysis agrees with independent computations."""
 
 import numpy as np
 import pytest
@@ -7,24 +7,23 @@ from matplotlib.figure import Figure
 from networks import CPU, EXACT, Linear, small_network
 from torch import nn
 
-from session8 import plots
-from session8 import training as utils
+from session8 import plots, training
 from session8.analysis import (
     calibration,
     class_accuracy,
-    collect_logits,
     confusion_matrix,
     grad_cam,
     grad_cam_pairs,
     misclassified,
     most_confused,
 )
+from session8.augment import normalize
 from session8.data import CLASSES
-from session8.training import make_loader, normalize
+from session8.loaders import make_loader
 
 
 def outputs(*rows):
-    """Log-probabilities of rows {class: probability}; what is left is spread over the other classes."""
+    """Return log-probabilities of rows {class: probability}; the rest is spread over the other classes."""
     table = torch.empty(len(rows), 10)
     for values, row in zip(table, rows, strict=True):
         values[:] = (1 - sum(row.values())) / (10 - len(row))
@@ -42,17 +41,11 @@ def random_outputs():
 # -- numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_collected_logits_agree_with_the_test_pass(synthetic):
+def test_mistakes_agree_with_the_test_pass(synthetic):
     test_split, model = synthetic[1], Linear()
-    logits = collect_logits(model, test_split, EXACT, "cpu")
-    np.testing.assert_allclose(logits.numpy(), model.by_hand(test_split.images), atol=1e-4)
-    _, accuracy = utils.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
+    logits = training.collect_logits(model, test_split, EXACT, "cpu")
+    _, accuracy = training.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
     assert len(misclassified(logits, test_split.labels).index) == round(100 - accuracy)
-    network = small_network().train()  # dropout and batch norm must be as in testing
-    logits = collect_logits(network, test_split, EXACT, "cpu")
-    with torch.no_grad():
-        expected = network.eval()(normalize(torch.from_numpy(test_split.images), CPU))
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_confusion_matrix_counts_each_pair(random_outputs):
@@ -74,7 +67,7 @@ def test_class_accuracy_and_its_interval_solve_wilsons_equation():
         assert -1e-9 <= low <= 100 * share <= high <= 100 + 1e-9
 
 
-def test_class_accuracy_of_an_absent_class_is_no_number():
+def test_class_accuracy_of_an_absent_class_is_nan():
     confusion = np.array([[3, 1], [0, 0]])
     with np.errstate(all="raise"):
         result = class_accuracy(confusion)
@@ -104,7 +97,7 @@ def test_misclassified_images_of_one_pair_of_classes():
     assert misclassified(logits, labels, actual="cat", predicted="dog").index.tolist() == [1, 2]
     assert misclassified(logits, labels, predicted="cat").index.tolist() == [4, 0]
     assert misclassified(logits, labels, actual="dog").index.tolist() == [0]
-    with pytest.raises(ValueError, match="'kitten' is no class; expected one of airplane, "):
+    with pytest.raises(ValueError, match="'kitten' is not a class; expected one of airplane, "):
         misclassified(logits, labels, actual="kitten")
 
 
@@ -132,7 +125,7 @@ def test_calibration_of_the_perfectly_calibrated_and_of_the_overconfident():
 
 @pytest.mark.parametrize("function", [confusion_matrix, misclassified, calibration])
 def test_bad_input_outputs_of_another_split(function):
-    with pytest.raises(ValueError, match="3 outputs and 2 labels do not belong together"):
+    with pytest.raises(ValueError, match="3 outputs do not match 2 labels"):
         function(torch.zeros(3, 10), np.zeros(2, int))
 
 
@@ -150,17 +143,17 @@ class Corner(nn.Module):
     def __init__(self):
         super().__init__()
         self.convolution, self.relu = nn.Conv2d(3, 1, 1, bias=False), nn.ReLU()
-        self.dense = nn.Linear(4, 3, bias=False)
+        self.head = nn.Linear(4, 3, bias=False)
         with torch.no_grad():
             self.convolution.weight[:] = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
-            self.dense.weight[:] = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+            self.head.weight[:] = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 
     def forward(self, x):
         quarters = nn.functional.adaptive_avg_pool2d(self.relu(self.convolution(x)), 2)
-        return self.dense(quarters.flatten(1)).log_softmax(1)
+        return self.head(quarters.flatten(1)).log_softmax(1)
 
 
-def test_grad_cam_lights_up_what_the_class_was_predicted_from():
+def test_grad_cam_highlights_the_region_that_determines_the_class():
     images = np.zeros((2, 32, 32, 3), np.uint8)
     images[0, 4:8, 4:8, 0] = 255
     images[1, 20:24, 20:24, 0] = 255
@@ -180,7 +173,7 @@ def test_grad_cam_agrees_with_the_formula(grid, blocks, width):
         feature = model.blocks[:blocks](model.stem(normalize(torch.from_numpy(images), CPU).double()))
 
         def score(feature):
-            return model.dense(model.blocks[blocks:](feature).mean((2, 3)))[:, 4]
+            return model.head(model.blocks[blocks:](feature).mean((2, 3)))[:, 4]
 
         step, channels = 1e-3, feature.shape[1]
         gradients = torch.zeros(channels)
@@ -205,7 +198,7 @@ def test_grad_cam_leaves_the_model_as_it_was(synthetic):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_grad_cam_of_nothing_is_nothing():
+def test_grad_cam_is_zero_if_nothing_speaks_for_the_class():
     assert not grad_cam(Corner(), np.zeros((1, 32, 32, 3), np.uint8), classes=[0], device="cpu").any()
 
 
@@ -222,7 +215,9 @@ def test_grad_cam_of_a_network_without_a_dense_layer(synthetic):
 
 
 def test_bad_input_grad_cam_without_a_map():
-    with pytest.raises(ValueError, match="grid is 3, and Linear has no module that returns maps at least that wide"):
+    with pytest.raises(
+        ValueError, match="grid is 3, but no module of Linear other than convolutions returns a feature map"
+    ):
         grad_cam(Linear(), np.zeros((1, 32, 32, 3), np.uint8), device="cpu")
 
 
@@ -255,7 +250,7 @@ def test_grad_cam_pairs_are_of_one_class_once_right_and_once_wrong(synthetic):
 
 def test_grad_cam_pairs_of_a_network_without_maps(synthetic):
     logits = outputs(*({(int(label) + index % 2) % 10: 0.9} for index, label in enumerate(synthetic[1].labels)))
-    with pytest.warns(UserWarning, match="no Grad-CAM: grid is 3, and Linear has no module"):
+    with pytest.warns(UserWarning, match="no Grad-CAM: grid is 3, but no module of Linear"):
         assert grad_cam_pairs(Linear(), synthetic[1], logits, device="cpu") == []
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like, and what they say is what they measured."""
+"""The benchmarks compare equal work and report their measurements."""
 
 import argparse
 import json
@@ -12,15 +12,15 @@ import epoch
 import numpy as np
 import pytest
 import torch
-import train as training
 import train_step
 from fakes import class_folders, position_coded
+from pipelines import PIPELINES
 from resnet20 import ResNet20
-from sides import SIDES
 
-from session8.checkpoint import count_macs, load_model
+from session8 import training
+from session8.config import Config
 from session8.data import MEAN, STD, Split
-from session8.training import Config
+from session8.records import count_macs
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(common.__file__).parent
@@ -49,13 +49,13 @@ def augmentations_of(image):
     return found
 
 
-@pytest.mark.parametrize("name", SIDES)
-def test_every_side_ends_in_the_same_batches(name):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_yields_the_same_kind_of_batches(name):
     split = coded(50)
-    side = SIDES[name](split, 16, 0, CPU)
+    pipeline = PIPELINES[name](split, 16, 0, CPU)
     drawn, orders = [], []
     for _ in range(40):
-        images, labels = (torch.cat(part) for part in zip(*side, strict=True))
+        images, labels = (torch.cat(part) for part in zip(*pipeline, strict=True))
         assert images.dtype == torch.float32 and images.shape == (50, 3, 32, 32) and labels.dtype == torch.int64
         middle = images[:, :, 16, 16] * torch.tensor(STD) + torch.tensor(MEAN)  # a pixel that is never of the padding
         rows, columns, which = (255 * middle).round().int().numpy().T
@@ -90,45 +90,44 @@ def test_both_loops_take_the_same_steps(synthetic):
         train_step.our_loop(images, labels, CPU, 1, config),
     ):
         work, model = loop
-        before = model.dense.weight.detach().clone()
+        before = model.head.weight.detach().clone()
         torch.manual_seed(1)  # dropout draws from it
         work()
-        assert (before - model.dense.weight).abs().max() > 1e-3
+        assert (before - model.head.weight).abs().max() > 1e-3
         trained.append(model)
     for one, other in zip(*(model.state_dict().values() for model in trained), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=5e-5)
 
 
-def test_what_is_told_is_of_one_step(monkeypatch, synthetic):
-    told = []
-    times = {"plain loop": [2.0, 8.0, 4.0], "ours, float32": [1.0, 2.0, 2.0], "ours": [1.0, 1.0, 1.0]}
+def test_the_reported_time_is_of_one_step(monkeypatch, synthetic):
+    reported = []
+    times = {"plain loop": [2.0, 8.0, 4.0], "ours, float32": [1.0, 2.0, 2.0], "ours, auto": [1.0, 1.0, 1.0]}
     monkeypatch.setattr(sys, "argv", ["train_step.py", "--steps", "10", "--batch-size", "8", "--device", "cpu"])
-    monkeypatch.setattr(train_step, "training_images", lambda *_: synthetic[0])
-    monkeypatch.setattr(train_step, "in_turn", lambda sides, rounds, device: {name: times[name] for name in sides})
-    monkeypatch.setattr(train_step, "report", lambda *arguments: told.extend(arguments[-1]))
+    monkeypatch.setattr(train_step, "load_training_split", lambda *_: synthetic[0])
+    monkeypatch.setattr(
+        train_step, "time_alternately", lambda sides, rounds, device: {name: times[name] for name in sides}
+    )
+    monkeypatch.setattr(train_step, "report", lambda *arguments: reported.extend(arguments[-1]))
     train_step.main()
-    assert told[:2] == [["plain loop", 400.0, 1.0], ["ours, float32", 200.0, 2.0]]
+    assert reported[:2] == [["plain loop", 400.0, 1.0], ["ours, float32", 200.0, 2.0]]
 
 
 # -- epoch.py ------------------------------------------------------------------------------------------------------
 
 
-def test_limit_takes_as_many_steps_as_an_epoch(synthetic, monkeypatch, capsys):
-    from session8 import training as utils
-
+def test_the_limit_takes_the_same_steps_as_an_epoch(synthetic, monkeypatch, capsys):
     sizes = []
-    step = utils.train_step
+    step = training.train_step
 
     def counted(model, images, *rest):
         sizes.append(len(images))
         return step(model, images, *rest)
 
-    monkeypatch.setattr(utils, "train_step", counted)
+    monkeypatch.setattr(training, "train_step", counted)
     monkeypatch.setattr(epoch, "train_step", counted)
-    split = common.evenly(synthetic[0], 100)
-    sides = epoch.sides_of(split, Config(batch_size=32), CPU, [0])
+    functions = epoch.make_functions(common.subset(synthetic[0], 100), Config(epochs=1, batch_size=32), CPU, [0])
     taken = {}
-    for name, work in sides.items():
+    for name, work in functions.items():
         sizes.clear()
         work()
         taken[name] = list(sizes)
@@ -139,15 +138,15 @@ def test_limit_takes_as_many_steps_as_an_epoch(synthetic, monkeypatch, capsys):
 # -- the clock and the record --------------------------------------------------------------------------------------
 
 
-def test_images_are_taken_evenly():
+def test_a_subset_is_evenly_spaced():
     split = Split(np.zeros((100, 32, 32, 3), np.uint8), np.arange(100) // 10, "in the order of their classes")
-    assert common.evenly(split, 10).labels.tolist() == list(range(10))
-    assert np.bincount(common.evenly(split, 35).labels).tolist() == [4, 3] * 5
+    assert common.subset(split, 10).labels.tolist() == list(range(10))
+    assert np.bincount(common.subset(split, 35).labels).tolist() == [4, 3] * 5
 
 
-def test_sides_are_timed_in_turn():
+def test_functions_are_timed_alternately():
     calls = []
-    times = common.in_turn({name: lambda name=name: calls.append(name) for name in "AB"}, 2, CPU)
+    times = common.time_alternately({name: lambda name=name: calls.append(name) for name in "AB"}, 2, CPU)
     assert calls == list("ABABAB")  # one round of warming up
     assert {name: len(values) for name, values in times.items()} == {"A": 2, "B": 2}
 
@@ -159,7 +158,7 @@ def test_ratio_is_the_median_over_the_rounds():
 def test_the_clock_waits_for_the_device(monkeypatch):
     calls = []
     monkeypatch.setattr(common, "synchronize", lambda device: calls.append(device))
-    common.seconds(lambda: calls.append("work"), CPU)
+    common.elapsed(lambda: calls.append("work"), CPU)
     assert calls == [CPU, "work", CPU]
 
 
@@ -218,11 +217,11 @@ def test_memory_is_measured_at_the_batch_size_asked_for(monkeypatch):
 def test_bad_input_on_the_command_line(tmp_path):
     class_folders(tmp_path, per_train=2, per_test=2)
     for options, complaint in (
-        (["--rounds", 0], "argument --rounds: '0' is not a whole number of at least 1"),
-        (["--device", "gpu"], "device is 'gpu', which PyTorch does not know: on this machine there is"),
+        (["--rounds", 0], "argument --rounds: '0' is not an integer of at least 1"),
+        (["--device", "gpu"], "device is 'gpu', which is unknown; available: "),
         (["--data", tmp_path / "nowhere"], "nowhere"),
-        (["--data", tmp_path], "128 training images are asked for, and 'CIFAR-10"),
-        (["--data", tmp_path, "--batch-size", 8, "--save"], "only figures of all 50,000 are published"),
+        (["--data", tmp_path], "128 training images are needed, but 'CIFAR-10"),
+        (["--data", tmp_path, "--batch-size", 8, "--save"], "--save needs all 50,000"),
     ):
         done = run_command("train_step", *options)
         assert done.returncode and "Traceback" not in done.stderr and complaint in " ".join(done.stderr.split()), (
@@ -230,7 +229,7 @@ def test_bad_input_on_the_command_line(tmp_path):
         )
 
 
-# -- ResNet-20 and its training ------------------------------------------------------------------------------------
+# -- ResNet-20 ------------------------------------------------------------------------------------
 
 
 def test_resnet20_has_the_papers_size():
@@ -250,57 +249,9 @@ def test_resnet20_returns_log_probabilities():
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(4))
 
 
-def test_resnet20_shortcuts_carry_the_image_through():
+def test_resnet20_shortcuts_subsample_and_pad_with_zero_channels():
     block = ResNet20().blocks[3].eval()  # the first of 32 channels
-    torch.nn.init.zeros_(block.convolutions[4].weight)
+    torch.nn.init.zeros_(block.residual[4].weight)
     x = torch.rand(2, 16, 32, 32)
     y = block(x)
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2]) and not y[:, :8].any() and not y[:, 24:].any()
-
-
-def test_networks_are_made_as_the_recipe_says():
-    for config in (Config(), Config.one_cycle()):
-        network = training.NETWORKS["AdvancedCNN"](config)
-        assert network.dropout.p == config.dropout
-    assert config.dropout == 0  # and so another than the network's own
-
-
-@pytest.fixture
-def publish(synthetic, tmp_path, monkeypatch):
-    """Runs the command on the stand-in, which may pass for all of CIFAR-10, one epoch for 40; returns the records."""
-    monkeypatch.setattr(training, "real_splits", lambda _: synthetic)
-
-    def command(*options):
-        monkeypatch.setattr(sys, "argv", ["train.py", "ResNet20", "one_cycle", "--device", "cpu", *map(str, options)])
-        training.main(tmp_path, tmp_path / "runs")
-        return {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-
-    return command
-
-
-def test_a_run_leaves_record_and_weights_and_only_a_whole_one_is_published(publish, tmp_path, monkeypatch, capsys):
-    assert publish("--epochs", 1, "--seeds", 3) == {}
-    (folder,) = (tmp_path / "runs").iterdir()
-    record = json.loads((folder / "record.json").read_text())
-    assert record["model"] == "ResNet20" and record["config"]["seed"] == 3 and record["batch_size"] == 128
-    assert load_model(folder / "model.pt", ResNet20())["metrics"]["test_accuracy"] >= 0
-
-    monkeypatch.setattr(training, "PUBLISHED", (1, 128, 300, 100))
-    records = publish("--epochs", 1, "--seeds", 3, 4)
-    assert set(records) == {"ResNet20_one_cycle_seed3_cpu.json", "ResNet20_one_cycle_seed4_cpu.json"}
-    assert records["ResNet20_one_cycle_seed3_cpu.json"] == record
-    with pytest.raises(SystemExit, match=r"There is a record already: .*seed4_cpu\.json.*--replace"):
-        publish("--epochs", 1, "--seeds", 5, 4)
-    assert len(list((tmp_path / "runs").iterdir())) == 2  # refused before any work
-    weights = tmp_path / "ResNet20_one_cycle_seed4_cpu.pt"
-    weights.write_bytes(b"published with the record before")
-    assert len(publish("--epochs", 1, "--seeds", 4, "--replace")) == 2
-    assert load_model(weights, ResNet20())["config"]["seed"] == 4 and len(list(tmp_path.glob("*.pt"))) == 1
-
-
-def test_an_interrupted_run_is_not_published_and_ends_the_command(publish, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "PUBLISHED", (1, 128, 300, 100))
-    monkeypatch.setattr(ResNet20, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit, match="Interrupted: nothing is published"):
-        publish("--epochs", 1, "--seeds", 0, 1)
-    assert not list(tmp_path.glob("*.json")) and len(list((tmp_path / "runs").iterdir())) == 1

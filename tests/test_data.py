@@ -1,9 +1,13 @@
-"""Finding, reading, caching and checking the data; the download has a file of its own."""
+"""CIFAR-10: finding, reading, caching, checking and downloading it, and the stand-in."""
 
 import errno
+import io
 import os
 import shutil
+import socket
+import tarfile
 import time
+from hashlib import md5
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,10 @@ import pytest
 from fakes import class_folders, official_archive, official_batches
 from PIL import Image
 
-from session8 import data as cifar10
+from session8 import data
 from session8.data import (
+    ARCHIVE,
+    CACHE,
     CLASSES,
     MEAN,
     STD,
@@ -22,6 +28,11 @@ from session8.data import (
     synthetic_cifar10,
     validation_split,
 )
+
+if os.name == "posix":
+    import processes
+
+posix = pytest.mark.skipif(os.name != "posix", reason="the processes are forked and killed")
 
 
 def assert_same_images(loaded, expected):
@@ -57,7 +68,7 @@ def test_class_folders_of_jpeg_and_grey_images(tmp_path):
     assert any((image == 77).all() for image in train.images[train.labels == CLASSES.index("cat")])
 
 
-def test_class_folders_with_what_macos_leaves_beside_images(folders):
+def test_class_folders_with_the_hidden_files_of_macos(folders):
     root, expected = folders
     for image in list(root.rglob("*.png")):
         image.with_name(f"._{image.name}").write_bytes(b"AppleDouble")
@@ -75,7 +86,7 @@ def test_official_batches(tmp_path, monkeypatch):
 def test_official_archive_is_read_without_unpacking_beside_it(tmp_path, monkeypatch):
     archive, expected = official_archive(tmp_path, monkeypatch)
     assert_same_images(load_cifar10(archive.parent), expected)
-    assert not (archive.parent / cifar10.BATCHES).exists()
+    assert not (archive.parent / data.BATCHES).exists()
 
 
 def test_root_from_the_environment_and_before_the_data_folder(folders, monkeypatch, tmp_path):
@@ -87,14 +98,11 @@ def test_root_from_the_environment_and_before_the_data_folder(folders, monkeypat
     assert_same_images(load_cifar10(tmp_path / "data"), synthetic_cifar10(20, 10, seed=1))  # what is named goes first
 
 
-# -- the cache -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def decoded(monkeypatch):
     """The roots whose images were decoded, one entry a time."""
-    roots, read = [], cifar10._read_class_folders
-    monkeypatch.setattr(cifar10, "_read_class_folders", lambda root: (roots.append(root), read(root))[1])
+    roots, read = [], data._read_class_folders
+    monkeypatch.setattr(data, "_read_class_folders", lambda root: (roots.append(root), read(root))[1])
     return roots
 
 
@@ -107,7 +115,7 @@ def test_cache_saves_decoding(folders, decoded):
 
 
 @pytest.mark.parametrize("change", ["rewritten", "in another size", "added", "removed"])
-def test_stale_cache_is_noticed(folders, decoded, change):
+def test_stale_cache_is_detected(folders, decoded, change):
     root, _ = folders
     load_cifar10(root)
     image = next((root / "test" / "dog").iterdir())
@@ -131,60 +139,53 @@ def test_stale_cache_is_noticed(folders, decoded, change):
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "directory", "emptied"])
-def test_bad_input_corrupt_cache_is_named_and_made_again(folders, decoded, damage):
+def test_bad_input_corrupt_cache_is_named_and_rebuilt(folders, decoded, damage):
     root, expected = folders
     load_cifar10(root)
-    cache = root / ".cifar10-cache.npz"
+    cache = root / CACHE
     content = bytearray(cache.read_bytes())
     if damage == "bit":
         content[len(content) // 2] ^= 1
     if damage == "directory":  # the zip file's own: the compression of its first entry becomes an unknown one
         content[content.index(b"PK\x01\x02") + 10] ^= 64
     cache.write_bytes({"cut": content[: len(content) // 2], "emptied": b""}.get(damage, content))
-    with pytest.warns(UserWarning, match=r"cifar10-cache.npz' is damaged .* made again"):
+    with pytest.warns(UserWarning, match=r"cifar10-cache.npz' is damaged .*reading the images again"):
         loaded = load_cifar10(root)
     assert_same_images(loaded, expected)
     load_cifar10(root)  # no warning now: the cache is whole again
     assert len(decoded) == 2
 
 
-def test_fault_read_only_data_folder_caches_in_the_temporary_one(folders, decoded, tmp_path):
-    root, expected = folders
-    # Permission bits do not stop root, so the cache's place is taken by a folder.
-    (root / ".cifar10-cache.npz").mkdir()
-    load_cifar10(root)
-    assert_same_images(load_cifar10(root), expected)
-    assert len(decoded) == 1
-    assert len(list(tmp_path.glob("cifar10-cache-*.npz"))) == 1
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_fault_read_only_data_folder_and_temporary_folder(folders, monkeypatch):
+def test_a_read_only_data_folder_is_read_without_a_cache(folders, decoded, monkeypatch):
     root, expected = folders
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(cifar10.np, "savez", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)  # which such a file system refuses even for a file that is not there
+    monkeypatch.setattr(data.np, "savez", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # such a file system refuses even to remove a file that is not there
     assert_same_images(load_cifar10(root), expected)
     assert_same_images(load_cifar10(root), expected)
+    assert len(decoded) == 2
 
 
-def test_cache_is_made_again_when_the_classes_change(folders, decoded, monkeypatch):
+def test_the_cache_is_written_atomically(folders):
     root, _ = folders
     load_cifar10(root)
-    monkeypatch.setattr(cifar10, "CLASSES", CLASSES[::-1])
+    assert (root / CACHE).is_file() and not list(root.glob("*.part"))
+
+
+def test_cache_is_rebuilt_when_the_classes_change(folders, decoded, monkeypatch):
+    root, _ = folders
+    load_cifar10(root)
+    monkeypatch.setattr(data, "CLASSES", CLASSES[::-1])
     train, _ = load_cifar10(root)
     assert len(decoded) == 2 and train.images[0].tobytes() == load_cifar10(root)[0].images[0].tobytes()
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("allow_synthetic", [False, True])
 def test_bad_input_root_that_does_not_exist(tmp_path, monkeypatch, allow_synthetic):
-    with pytest.raises(DatasetUnavailable, match=r"root is '.*nowhere', which is no folder. Name a folder"):
+    with pytest.raises(DatasetUnavailable, match=r"root is '.*nowhere', which is not a directory. Pass a folder"):
         load_cifar10(tmp_path / "nowhere", allow_synthetic)
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / "nowhere"))
     with pytest.raises(DatasetUnavailable, match=r"CIFAR10_ROOT is '.*nowhere'"):
@@ -192,7 +193,7 @@ def test_bad_input_root_that_does_not_exist(tmp_path, monkeypatch, allow_synthet
 
 
 def test_bad_input_root_without_cifar10(tmp_path):
-    with pytest.raises(DatasetUnavailable, match="holds no CIFAR-10"):
+    with pytest.raises(DatasetUnavailable, match="does not hold CIFAR-10"):
         load_cifar10(tmp_path, allow_synthetic=True)
 
 
@@ -207,7 +208,7 @@ def test_bad_input_class_folder_empty(folders):
     root, _ = folders
     for image in (root / "train" / "ship").iterdir():
         image.rename(image.with_suffix(".txt"))
-    with pytest.raises(ValueError, match=r"class folder '.*ship' holds no .png"):
+    with pytest.raises(ValueError, match=r"class folder '.*ship' has no image files"):
         load_cifar10(root)
 
 
@@ -216,7 +217,7 @@ def test_bad_input_unreadable_image(folders, content):
     root, _ = folders
     image = next((root / "train" / "frog").iterdir())
     image.write_bytes(image.read_bytes()[:200] if content == "cut" else content)
-    with pytest.raises(ValueError, match=rf"{image.name}' cannot be read as an image .*: replace or delete"):
+    with pytest.raises(ValueError, match=rf"{image.name}' is not a readable image .*: replace or delete"):
         load_cifar10(root)
 
 
@@ -238,7 +239,7 @@ def test_bad_input_corrupt_archive(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_bad_input_corrupt_batches(tmp_path, monkeypatch, damage):
     official_batches(tmp_path, monkeypatch)
-    batch = tmp_path / cifar10.BATCHES / "data_batch_3"
+    batch = tmp_path / data.BATCHES / "data_batch_3"
     if damage == "missing":
         batch.unlink()
     else:
@@ -249,7 +250,7 @@ def test_bad_input_corrupt_batches(tmp_path, monkeypatch, damage):
 
 @pytest.mark.parametrize("labels", [[-1, 3], [0, 10]])
 def test_bad_input_labels_out_of_range(labels):
-    with pytest.raises(ValueError, match=rf"labels run from {min(labels)} to {max(labels)}; expected 0 to 9"):
+    with pytest.raises(ValueError, match=rf"labels range from {min(labels)} to {max(labels)}; expected 0 to 9"):
         Split(np.zeros((2, 32, 32, 3), np.uint8), np.array(labels), "test")
 
 
@@ -266,9 +267,6 @@ def test_bad_input_labels_out_of_range(labels):
 def test_bad_input_arrays_of_another_form(images, labels):
     with pytest.raises(ValueError, match=r"expected (uint8|int64)"):
         Split(images, labels, "test")
-
-
-# -- the stand-in, the validation split, the constants -------------------------------------------------------------
 
 
 def test_synthetic_says_so_and_is_reproducible():
@@ -318,8 +316,136 @@ def test_real_images_are_complete_and_give_mean_and_std(real_splits):
 
 
 def test_real_images_load_in_time(real_splits, real_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "_cache_files", lambda root: [tmp_path / "cache.npz"])
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache.npz")  # an absolute path: not the one next to the images
     for limit in (20, 2):  # without a cache and with it
         started = time.monotonic()
         load_cifar10(real_root)
         assert time.monotonic() - started < limit
+
+
+# -- the download --------------------------------------------------------------------------------------------------
+
+
+def files(tmp_path):
+    """Return the names in the data folder, without the lock file."""
+    return sorted(path.name for path in (tmp_path / "data").glob("*") if path.suffix != ".lock")
+
+
+def test_download_of_a_good_archive(server, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(data, "MIRRORS", (f"{server.url}/good",))
+    train, test = load_cifar10()
+    assert (train.images == server.splits[0].images).all() and (test.labels == server.splits[1].labels).all()
+    assert "official archive" in train.source
+    assert files(tmp_path) == [CACHE, ARCHIVE]
+    output = capsys.readouterr()
+    assert "CIFAR-10 from 127.0.0.1" in output.out and "100%" in output.out and "B/s" in output.out
+    assert not output.err
+    load_cifar10()
+    assert server.requests == ["good"]  # the second time nothing is downloaded
+
+
+def test_download_tries_cifar10_url_first_and_then_the_mirrors_in_order(server, monkeypatch):
+    monkeypatch.setattr(data, "MIRRORS", tuple(f"{server.url}/{name}" for name in ("missing", "wrong", "good", "late")))
+    monkeypatch.setenv("CIFAR10_URL", f"{server.url}/cut")
+    load_cifar10()
+    assert server.requests == ["cut", "missing", "wrong", "good"]
+
+
+FAULTS = {
+    "missing": "404 .*Not Found",
+    "wrong": "hash .*does not match",
+    "cut": "IncompleteRead|does not match",
+    "silent": "timed out",
+    "mute": "timed out",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_download_skips_a_mirror_that_fails(server, monkeypatch, tmp_path, fault):
+    monkeypatch.setattr(data, "MIRRORS", (f"{server.url}/{fault}", f"{server.url}/good"))
+    started = time.monotonic()
+    load_cifar10()
+    assert time.monotonic() - started < 5
+    assert server.requests == [fault, "good"] and files(tmp_path) == [CACHE, ARCHIVE]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_download_that_fails_everywhere_leaves_nothing_and_says_why(server, monkeypatch, tmp_path, fault):
+    monkeypatch.setattr(data, "MIRRORS", (f"{server.url}/{fault}",))
+    message = rf"(?s){server.url}/{fault}: .*{FAULTS[fault]}.*Remedies: .*CIFAR10_URL"
+    with pytest.raises(DatasetUnavailable, match=message):
+        load_cifar10()
+    assert files(tmp_path) == []
+
+
+def unreachable():
+    """Return an address on this machine that refuses connections."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/archive"
+
+
+def test_download_without_a_connection(monkeypatch):
+    urls = [unreachable(), "not an address"]
+    monkeypatch.setattr(data, "MIRRORS", urls)
+    with pytest.raises(DatasetUnavailable) as error:
+        load_cifar10()
+    assert all(url in str(error.value) for url in urls)
+    assert "refused" in str(error.value) and "allow_synthetic=True" in str(error.value)
+
+
+def test_the_stand_in_is_announced_by_a_banner(monkeypatch, capsys):
+    monkeypatch.setattr(data, "MIRRORS", (unreachable(),))
+    train, test = load_cifar10(allow_synthetic=True)
+    assert train.synthetic and test.synthetic and len(train) == 2000
+    printed = capsys.readouterr().out
+    assert "SYNTHETIC STAND-IN" in printed and "refused" in printed and "CIFAR10_ROOT" in printed
+
+
+def test_bad_input_data_folder_that_cannot_be_written(server, monkeypatch, tmp_path):
+    (tmp_path / "data").write_text("a file in its place")
+    monkeypatch.setattr(data, "MIRRORS", (f"{server.url}/good",))
+    with pytest.raises(DatasetUnavailable, match="data': cannot be written"):
+        load_cifar10()
+    assert load_cifar10(allow_synthetic=True)[0].synthetic and not server.requests
+
+
+@posix
+def test_one_process_at_a_time_downloads_to_a_folder(server, monkeypatch, tmp_path):
+    folder = tmp_path / "data"
+    urls = [f"{server.url}/late", f"{server.url}/good"]
+    running = [processes.start(processes.download, url, folder, data.ARCHIVE_MD5) for url in urls[:1]]
+    processes.wait_for(lambda: server.requests)  # the first holds the lock, and its mirror takes a second to answer
+    running.append(processes.start(processes.download, urls[1], folder, data.ARCHIVE_MD5))
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    assert server.requests == ["late"]  # the second waited, and found the archive
+    assert files(tmp_path) == [ARCHIVE]
+
+
+@posix
+def test_a_download_that_was_killed_is_started_again(server, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    process = processes.start(processes.download, f"{server.url}/silent", folder, data.ARCHIVE_MD5)
+    processes.wait_for(lambda: any(path.stat().st_size > 1000 for path in folder.glob("incomplete/*")))
+    processes.kill(process)
+    assert not (folder / ARCHIVE).exists()
+    monkeypatch.setattr(data, "MIRRORS", (f"{server.url}/good",))
+    train, _ = load_cifar10()
+    assert (train.images == server.splits[0].images).all() and files(tmp_path) == [CACHE, ARCHIVE]
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/absolute"])
+def test_archive_members_outside_the_folder_are_refused(tmp_path, monkeypatch, name):
+    archive, _ = official_archive(tmp_path / "data", monkeypatch)
+    name = str(tmp_path / "outside.txt") if name == "/absolute" else name
+    with tarfile.open(archive, "w:gz") as tar:
+        for member in (name, f"{data.BATCHES}/../../outside.txt"):
+            information = tarfile.TarInfo(member)
+            information.size = 4
+            tar.addfile(information, io.BytesIO(b"evil"))
+    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive.read_bytes()).hexdigest())
+    with pytest.raises((tarfile.FilterError, ValueError)):
+        load_cifar10(tmp_path / "data")
+    assert not list(tmp_path.rglob("outside.txt"))

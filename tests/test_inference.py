@@ -1,4 +1,4 @@
-"""Any image can be classified, what is none is refused, and the exported graph says the same as the network."""
+"""predict accepts any image and refuses other input; the exported graph agrees with the network."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from session8.inference import export_onnx, predict
 
 @pytest.fixture(scope="module")
 def photo():
-    """An image that is told apart from its own mirror and turns: 64 by 48, each quarter in another colour."""
+    """A 64 by 48 image with a colour per quarter, different from its flipped and rotated versions."""
     pixels = np.zeros((48, 64, 3), np.uint8)
     pixels[:24, :32], pixels[:24, 32:], pixels[24:, :32], pixels[24:, 32:] = (
         (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0),
@@ -38,7 +38,7 @@ def seen(thing):
     return prediction.image.astype(int)
 
 
-def test_an_image_of_the_right_size_is_classified_as_it_is(synthetic):
+def test_an_image_of_the_right_size_is_not_changed(synthetic):
     image, model = synthetic[1].images[0], Linear()
     (prediction,) = predict(model, image, k=10, device="cpu")
     expected = np.exp(model.by_hand(image[None])[0])
@@ -48,7 +48,7 @@ def test_an_image_of_the_right_size_is_classified_as_it_is(synthetic):
     assert np.array_equal(prediction.image, image)
 
 
-def test_every_way_to_give_an_image_is_seen_alike(photo, tmp_path):
+def test_every_kind_of_input_gives_the_same_image(photo, tmp_path):
     path = tmp_path / "Bild mit Ümlaut.png"
     photo.save(path)
     expected = seen(photo)
@@ -59,7 +59,7 @@ def test_every_way_to_give_an_image_is_seen_alike(photo, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F", "RGBX"])
-def test_every_mode_is_understood(mode):
+def test_every_mode_is_converted(mode):
     """A white square in the middle of black; in colour modes by way of RGB."""
     grey = np.zeros((40, 40), np.uint8)
     grey[10:30, 10:30] = 255
@@ -74,7 +74,7 @@ def test_every_mode_is_understood(mode):
     assert result[16, 16].min() > 245 and result[2, 2].max() < 10
 
 
-def test_transparent_is_white(photo):
+def test_transparent_pixels_become_white(photo):
     see_through = photo.convert("RGBA")
     see_through.putalpha(Image.new("L", photo.size, 0))
     assert (seen(encoded(see_through)) == 255).all()
@@ -86,7 +86,7 @@ def test_transparent_is_white(photo):
     assert (seen(encoded(palette)) == (200, 0, 0)).all()
 
 
-def test_damaged_exif_data_are_no_reason_to_refuse_an_image(photo):
+def test_damaged_exif_data_are_ignored(photo):
     damaged = encoded(photo, exif=b"garbage!")
     with pytest.raises(SyntaxError, match="not a TIFF file"):
         ImageOps.exif_transpose(Image.open(io.BytesIO(damaged)))
@@ -94,14 +94,14 @@ def test_damaged_exif_data_are_no_reason_to_refuse_an_image(photo):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_followed(photo, form):
+def test_exif_orientation_is_applied(photo, form):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter to the right
     turned = seen(encoded(photo, form, exif=exif))
     assert np.abs(turned[4, 28] - (250, 0, 0)).max() < 30 and np.abs(turned[4, 4] - (0, 0, 250)).max() < 30
 
 
-def test_an_oblong_image_is_cut_about_its_middle():
+def test_an_oblong_image_is_cropped_to_its_centre():
     thirds = np.zeros((32, 96, 3), np.uint8)
     thirds[:, :32, 0], thirds[:, 32:64, 1], thirds[:, 64:, 2] = 255, 255, 255
     for pixels in (thirds, thirds.transpose(1, 0, 2)):
@@ -113,12 +113,12 @@ def test_any_size(size):
     assert (seen(Image.new("RGB", size, (10, 200, 30))) == (10, 200, 30)).all()
 
 
-def test_an_animation_is_its_first_frame():
+def test_the_first_frame_of_an_animation_is_used():
     frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
     assert (seen(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)).all()
 
 
-def test_a_folder_is_classified_in_the_order_of_its_names(tmp_path, synthetic):
+def test_a_folder_is_classified_in_the_order_of_its_file_names(tmp_path, synthetic):
     images = synthetic[1].images[:3]
     for name, image in zip(("b.png", "a.PNG", "c.bmp"), images, strict=True):
         Image.fromarray(image).save(tmp_path / name)
@@ -143,18 +143,18 @@ def bomb():
 
 
 def large():
-    """Beyond what Pillow warns of, and below what it refuses by itself."""
+    """An image that is large enough for Pillow's warning and too small for its error."""
     return encoded(Image.new("1", (10_000, 10_000)))
 
 
 @pytest.mark.parametrize(
     "thing, named",
     [
-        (b"not an image", "'12 bytes' is no image that can be read"),
-        (b"", "'0 bytes' is no image"),
-        (b"\xff\xd8\xff\xe0" + bytes(50), "is no image"),
-        (bomb(), "too large to be opened safely"),
-        (large(), "too large to be opened safely"),
+        (b"not an image", "'12 bytes' is not a readable image"),
+        (b"", "'0 bytes' is not a readable image"),
+        (b"\xff\xd8\xff\xe0" + bytes(50), "is not a readable image"),
+        (bomb(), "too large to open safely"),
+        (large(), "too large to open safely"),
         (np.zeros((32, 32, 2), np.uint8), r"shape is \(32, 32, 2\); expected"),
         (np.zeros((0, 32, 3), np.uint8), r"shape is \(0, 32, 3\)"),
         (np.zeros(32, np.uint8), r"shape is \(32,\)"),
@@ -163,10 +163,10 @@ def large():
         (np.zeros((32, 32), np.int64), "the array is int64"),
         (Image.new("RGB", (0, 5)), "has no pixels"),
         (Image.new("I", (5, 5), 70_000), "values from 70000 to 70000; expected 0 to 65535"),
-        (Image.new("La", (5, 5)), "mode La, which Pillow cannot make RGB"),
+        (Image.new("La", (5, 5)), "mode La, which Pillow cannot convert to RGB"),
     ],
 )
-def test_bad_input_no_image(thing, named):
+def test_bad_input_that_is_not_an_image(thing, named):
     with pytest.raises(ValueError, match=named):
         predict(Linear(), thing, device="cpu")
 
@@ -174,28 +174,28 @@ def test_bad_input_no_image(thing, named):
 def test_bad_input_damaged_file_in_a_folder_is_named(photo, tmp_path):
     photo.save(tmp_path / "good.png")
     (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
-    with pytest.raises(ValueError, match=r"half\.png' is no image that can be read"):
+    with pytest.raises(ValueError, match=r"half\.png' is not a readable image"):
         predict(Linear(), tmp_path, device="cpu")
 
 
 def test_bad_input_damaged_file_that_pillow_has_opened(photo, tmp_path):
     (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
-    with Image.open(tmp_path / "half.png") as opened, pytest.raises(ValueError, match="RGB' cannot be read"):
+    with Image.open(tmp_path / "half.png") as opened, pytest.raises(ValueError, match="RGB' is not readable"):
         predict(Linear(), opened, device="cpu")
 
 
 def test_bad_input_paths_and_kinds(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no image 'nowhere\.png'"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere\.png' does not exist"):
         predict(Linear(), "nowhere.png", device="cpu")
-    with pytest.raises(FileNotFoundError, match="name a file or a folder on this machine"):
+    with pytest.raises(FileNotFoundError, match="name an image file or a folder on this machine"):
         predict(Linear(), "https://example.org/cat.png", device="cpu")
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match="has no image files"):
         predict(Linear(), tmp_path, device="cpu")
     with pytest.raises(TypeError, match="image is a NoneType; expected a path, bytes, a PIL image or a NumPy array"):
         predict(Linear(), None, device="cpu")
 
 
-def test_three_classes_are_named_or_all_of_fewer(photo):
+def test_three_classes_are_returned_or_all_if_there_are_fewer(photo):
     assert [len(prediction.classes) for prediction in predict(Linear(), photo, device="cpu")] == [3]
     two = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
     assert set(predict(two, photo, device="cpu", names=("left", "right"))[0].classes) == {"left", "right"}
@@ -208,7 +208,7 @@ def test_bad_input_number_of_classes(k, photo):
 
 
 def test_bad_input_names_that_do_not_fit_the_network(photo):
-    with pytest.raises(ValueError, match="names are 3, and the network has 10 outputs"):
+    with pytest.raises(ValueError, match="names has 3 entries, but the network has 10 outputs"):
         predict(Linear(), photo, names=("a", "b", "c"), device="cpu")
 
 
@@ -216,7 +216,7 @@ def test_bad_input_names_that_do_not_fit_the_network(photo):
 
 
 @pytest.mark.filterwarnings("default")  # the exporter's own, which change with its release
-def test_the_exported_graph_says_the_same_as_the_network(tmp_path, synthetic):
+def test_the_exported_graph_agrees_with_the_network(tmp_path, synthetic):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, path = small_network().train(), tmp_path / "network.onnx"
@@ -239,12 +239,12 @@ def test_the_exported_graph_says_the_same_as_the_network(tmp_path, synthetic):
 
 def test_bad_input_export_with_names_that_do_not_fit(tmp_path):
     pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
-    with pytest.raises(ValueError, match="names are 2, and the network has 10 outputs"):
+    with pytest.raises(ValueError, match="names has 2 entries, but the network has 10 outputs"):
         export_onnx(small_network(), tmp_path / "network.onnx", names=("cat", "dog"))
     assert not list(tmp_path.iterdir())
 
 
-def test_export_names_what_is_missing(monkeypatch, tmp_path):
+def test_export_names_missing_packages(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="export needs onnx and onnxscript: pip install onnx onnxscript onnxruntime"):
         export_onnx(small_network(), tmp_path / "network.onnx")

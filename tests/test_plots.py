@@ -1,3 +1,5 @@
+"""Figures show the data they are given, name their source, are legible, and have a caption."""
+
 import io
 
 import numpy as np
@@ -9,10 +11,11 @@ from PIL import Image
 
 from session8 import plots
 from session8.analysis import CamPair, Misclassified, calibration, class_accuracy, confusion_matrix, most_confused
+from session8.augment import augment
+from session8.config import Config
 from session8.data import CLASSES, synthetic_cifar10
 from session8.inference import Prediction
 from session8.lr_finder import LRRange
-from session8.training import Config, augment
 
 HISTORY = {
     "train_loss": [1.5, 1.0, 0.75], "test_loss": [1.25, 0.9, 0.8125], "train_accuracy": [40.0, 60.0, 71.25],
@@ -84,8 +87,59 @@ def test_every_title_names_the_source(every_figure):
         assert "NOT CIFAR-10" in title(figure), name
 
 
+def test_every_figure_has_a_caption_in_words(every_figure):
+    captions = [figure.caption for figure in every_figure.values()]
+    assert all(len(caption) > 20 and caption.endswith(".") for caption in captions)
+    assert len(set(captions)) == len(captions)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("loss", "Loss after 3 epochs: train 0.750, test 0.812. The test loss was lowest after epoch 3 (0.812)."),
+        ("accuracy", "Accuracy after 3 epochs: train 71.25 %, test 69.50 %."),
+        ("training", "Train minus test accuracy: -10.00 points in the first epoch, 1.75 in the last. Median time of an "
+                     "epoch: 9 s (9 to 9 s)."),
+        ("learning rate range", "The loss falls from 2.30 to its minimum, 1.50, at a learning rate of 0.1. The "
+                                "suggestion, in the middle of the longest valley, is 0.01. Above 1 training diverged."),
+        ("predictions", "Most probable class per file. one.png: cat 80 %."),
+        ("Grad-CAM", "Rows: cat, and cat predicted as dog; ship, and ship predicted as frog."),
+    ],
+)  # fmt: skip
+def test_captions_state_what_the_figure_shows(every_figure, name, said):
+    assert every_figure[name].caption == said
+
+
+def test_captions_of_the_error_analysis_agree_with_the_data(every_figure, split, logits, mistakes):
+    confusion = confusion_matrix(logits, split.labels)
+    worst = most_confused(confusion)[0]
+    expected = f"Most frequent confusions: {worst.actual} predicted as {worst.predicted} ({worst.count} images), "
+    assert every_figure["confusion"].caption.startswith(expected)
+    accuracy = 100 * confusion.diagonal() / confusion.sum(1)
+    low = int(accuracy.argmin())
+    assert f"Lowest accuracy: {CLASSES[low]}, {accuracy[low]:.1f} % (" in every_figure["class accuracy"].caption
+    overall = 100 * confusion.trace() / confusion.sum()
+    assert f", accuracy {overall:.1f} %. Expected" in every_figure["calibration"].caption
+    first = CLASSES[split.labels[mistakes.index[0]]]
+    assert every_figure["misclassified"].caption.startswith(
+        f"Shown, row by row: {first} predicted as automobile (99 %)"
+    )
+
+
+def test_jupyter_shows_the_figure_with_its_caption_as_text_and_as_alternative_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    figure = plots.plot_accuracy(HISTORY, "source")
+    figure.caption = "a_b * c"
+    figure._ipython_display_()
+    image, caption = shown
+    data, metadata = image._repr_mimebundle_()
+    assert data["image/png"] and metadata["image/png"]["alt"] == "a_b * c"
+    assert caption.data == r"a\_b \* c"
+
+
 def test_no_two_curves_of_an_axis_differ_in_colour_alone(every_figure):
-    schedules = {"default": Config(), "one_cycle": Config.one_cycle()}
+    schedules = {"default": Config(), "one_cycle": Config.named("one_cycle")}
     for name, figure in {**every_figure, "schedules": plots.plot_schedule(schedules)}.items():
         for ax in figure.axes:
             styles = [
@@ -152,13 +206,13 @@ def test_curves_show_the_history_and_its_final_values(plot, names, finals):
 
 
 @pytest.mark.parametrize("plot", [plots.plot_loss, plots.plot_accuracy])
-def test_curves_of_a_run_without_a_whole_epoch(plot):
+def test_curves_of_a_run_without_a_complete_epoch(plot):
     (ax,) = plot({name: [] for name in HISTORY}, "source").axes
-    assert "no whole epoch" in ax.get_legend().get_texts()[0].get_text()
+    assert "no complete epoch" in ax.get_legend().get_texts()[0].get_text()
 
 
 def test_schedule_shows_the_rate_at_every_moment():
-    configs = {"default": Config(epochs=10), "one_cycle": Config.one_cycle(epochs=20, lr=0.2, warmup=0.25)}
+    configs = {"default": Config(epochs=10), "one_cycle": Config.named("one_cycle", epochs=20, lr=0.2, warmup=0.25)}
     (ax,) = plots.plot_schedule(configs).axes
     flat, cycle = (line.get_xydata() for line in ax.lines)
     assert (flat[:, 1] == 0.01).all() and flat[-1, 0] == 10
@@ -175,7 +229,7 @@ def test_range_test_is_plotted_with_the_suggested_rate_marked():
     curve, suggested = ax.lines
     assert curve.get_xydata().tolist() == [list(pair) for pair in zip(RANGE.lr, RANGE.loss, strict=True)]
     assert set(suggested.get_xdata()) == {RANGE.suggestion} and ax.get_xscale() == "log"
-    assert "suggested peak: 0.01" in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "suggestion: 0.01" in [text.get_text() for text in ax.get_legend().get_texts()]
     low, high = ax.get_ylim()
     assert low < 1.5 < 2.3 < high < 5  # the explosion at the end does not flatten what matters
 
@@ -189,13 +243,13 @@ def test_misclassified_grid_shows_images_labels_and_the_three_likeliest_classes(
     figure = plots.plot_misclassified(split, mistakes)
     assert len(shown(figure)) == 3
     cells = zip(figure.axes[::2], figure.axes[1::2], *mistakes, strict=False)
-    for ax, beside, index, probabilities in cells:
+    for ax, side, index, probabilities in cells:
         assert np.array_equal(ax.images[0].get_array(), split.images[index])
         predicted, actual = int(probabilities.argmax()), CLASSES[split.labels[index]]
         caption = ax.get_title(loc="left")
         assert f"pred. {CLASSES[predicted]}, {100 * probabilities.max():.0f} %" in caption
         assert f"actual {actual}" in caption
-        names, lengths = zip(*bars(beside), strict=True)
+        names, lengths = zip(*bars(side), strict=True)
         assert names[0] == CLASSES[predicted] and len(names) == 3
         assert lengths == pytest.approx([probabilities[CLASSES.index(name)] for name in names])
     assert "3 of 200 misclassified (1.5 %)" in title(figure)
@@ -206,10 +260,10 @@ def test_the_actual_class_has_another_colour_among_the_likeliest(split):
     actual = split.labels[5]
     wrong = (actual + 1) % 10
     probabilities[0, wrong], probabilities[0, actual] = 0.7, 0.3
-    beside = plots.plot_misclassified(split, Misclassified(np.array([5]), probabilities)).axes[1]
-    first, second, third = (bar.get_facecolor() for bar in beside.patches)
+    side = plots.plot_misclassified(split, Misclassified(np.array([5]), probabilities)).axes[1]
+    first, second, third = (bar.get_facecolor() for bar in side.patches)
     assert first == third != second
-    assert [text.get_fontweight() for text in beside.texts] == ["normal", "bold", "normal"]
+    assert [text.get_fontweight() for text in side.texts] == ["normal", "bold", "normal"]
 
 
 def test_misclassified_grid_of_some_says_which(split, mistakes):
@@ -239,17 +293,17 @@ def test_training_shows_gap_rate_and_seconds():
 def test_confusion_shows_percent_of_each_row_and_the_pairs(split, logits):
     confusion = confusion_matrix(logits, split.labels)
     pairs = most_confused(confusion)
-    matrix, beside = plots.plot_confusion(confusion, pairs, "source").axes
+    matrix, side = plots.plot_confusion(confusion, pairs, "source").axes
     percent = 100 * confusion / confusion.sum(1, keepdims=True)
     assert [text.get_text() for text in matrix.texts] == [f"{value:.1f}" for value in percent.flat]
     assert np.isnan(np.diag(matrix.images[0].get_array().filled(np.nan))).all()  # hits are not coloured
-    assert f"{pairs[0].count}  {pairs[0].actual} as {pairs[0].predicted}" in beside.texts[0].get_text()
+    assert f"{pairs[0].count}  {pairs[0].actual} as {pairs[0].predicted}" in side.texts[0].get_text()
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted", "actual")
 
 
 def test_confusion_without_mistakes():
-    _, beside = plots.plot_confusion(5 * np.eye(10, dtype=int), [], "source").axes
-    assert beside.texts[0].get_text() == "no mistakes"
+    _, side = plots.plot_confusion(5 * np.eye(10, dtype=int), [], "source").axes
+    assert side.texts[0].get_text() == "no mistakes"
 
 
 def test_class_accuracy_shows_every_class_with_its_interval(split, logits):
@@ -290,7 +344,7 @@ def test_grad_cam_shows_right_beside_wrong(cams):
         for cell, arrays in zip(images, expected, strict=True):
             assert len(cell) == len(arrays) and all(map(np.array_equal, cell, arrays))
     assert [ax.get_title() for ax in axes[0]] == [
-        "cat, recognised", "for cat, 91 %", "cat, missed", "for dog, 82 %", "for cat",
+        "cat, correct", "for cat, 91 %", "cat, mistake", "for dog, 82 %", "for cat",
     ]  # fmt: skip
 
 
@@ -301,7 +355,7 @@ def test_predictions_show_each_image_with_its_classes(split):
         Prediction(name, split.images[1], ["ship", "frog"], [0.6, 0.4]),
     ]
     figure = plots.plot_predictions(predictions, "my photos")
-    assert title(figure) == "What the network takes these for: my photos"
+    assert title(figure) == "Predictions: my photos"
     assert [ax.get_title(loc="left") for ax in figure.axes[:4:2]] == ["one.png", "a $very_lo… indeed.jpg"]
     assert bars(figure.axes[1]) == [("cat 80 %", 0.8), ("dog 15 %", 0.15)]
     assert all(map(np.array_equal, shown(figure), split.images[:2]))

@@ -1,63 +1,47 @@
+"""Training: steps, epochs and whole runs, including runs that are interrupted, killed, or diverge."""
+
 import json
+import multiprocessing
+import os
+import random
 import re
 import signal
+import time
+from types import SimpleNamespace
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
-from networks import CPU, EXACT, Linear, small_network
+from networks import CPU, EXACT, Linear, same_weights, small_network
+from test_checkpoint import damage
 
 from model_AC import AdvancedCNN
-from session8 import training as utils
-from session8.checkpoint import describe_record, write_record
-from session8.data import MEAN, STD, Split
-from session8.training import Config, fit, get_device, make_loader, normalize
+from session8 import checkpoint, data, records, training
+from session8.augment import normalize, train_transforms
+from session8.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from session8.config import Config
+from session8.data import Split
+from session8.loaders import make_loader
+from session8.training import Trainer, TrainingDiverged, collect_logits, fit
 
-# -- the recipe ----------------------------------------------------------------------------------------------------
+if os.name == "posix":
+    import processes
+
+posix = pytest.mark.skipif(os.name != "posix", reason="kills processes and limits files as POSIX systems do")
 
 
-def test_the_default_recipe_is_the_seed_projects():
-    config = Config()
-    assert (config.epochs, config.lr, config.momentum, config.schedule) == (40, 0.01, 0.9, "constant")
-    assert (config.weight_decay, config.label_smoothing, config.nesterov, config.batch_size) == (0, 0, False, None)
-    optimizer = utils.make_optimizer(AdvancedCNN(), config)
+# -- one step ------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_optimizer_is_the_seed_projects():
+    optimizer = training.make_optimizer(AdvancedCNN(), Config())
     assert type(optimizer) is torch.optim.SGD
     assert all(g["lr"] == 0.01 and g["momentum"] == 0.9 and g["weight_decay"] == 0 for g in optimizer.param_groups)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"epochs": 0}, {"epochs": -3}, {"epochs": 1.5}, {"epochs": True}, {"batch_size": 0}, {"batch_size": -64},
-        {"lr": 0}, {"lr": "0.1"}, {"lr": None}, {"lr": float("nan")}, {"lr": float("inf")},
-        {"momentum": 1}, {"momentum": -0.1},
-        {"weight_decay": -1}, {"label_smoothing": 1}, {"schedule": "cosine"}, {"warmup": 0}, {"warmup": 1},
-        {"dropout": 1.0}, {"dropout": -0.1},
-        {"cutout": -1}, {"cutout": 33}, {"cutout": 8.0}, {"precision": "float16"}, {"seed": -1}, {"seed": 0.5},
-    ],
-)  # fmt: skip
-def test_bad_input_recipe(wrong):
-    (name, value), *_ = wrong.items()
-    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; expected")):
-        Config(**wrong)
-
-
-def test_bad_input_recipe_name():
-    assert Config.named("one_cycle", epochs=3) == Config.one_cycle(epochs=3)
-    with pytest.raises(ValueError, match="recipe is 'two_cycles'; expected one of 'default', 'one_cycle'"):
-        Config.named("two_cycles")
-
-
-def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
-    config = Config.one_cycle(lr=0.2, warmup=0.25)
-    assert config.lr_at(0.25) == pytest.approx(0.2)
-    assert config.lr_at(0.125) == pytest.approx(0.1) == config.lr_at(0.625)
-    assert config.lr_at(0) == config.lr_at(1) == 0
-    assert Config().lr_at(0.7) == 0.01
-
-
 def test_weight_decay_is_on_weights_only():
-    optimizer = utils.make_optimizer(AdvancedCNN(), Config.one_cycle())
+    optimizer = training.make_optimizer(AdvancedCNN(), Config.named("one_cycle"))
     decayed, spared = optimizer.param_groups
     assert decayed["weight_decay"] == 5e-4 and spared["weight_decay"] == 0
     assert decayed["nesterov"] and spared["nesterov"]
@@ -65,90 +49,59 @@ def test_weight_decay_is_on_weights_only():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(AdvancedCNN().parameters()))
 
 
-# -- device and precision ------------------------------------------------------------------------------------------
-
-
-def test_device_is_the_first_that_is_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert get_device() == get_device("cpu") == CPU
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert get_device().type == "mps" and get_device("cpu") == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert get_device().type == "cuda"
-    with pytest.raises(ValueError, match="device is 'cuda:1', which is not to be had"):
-        get_device("cuda:1")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda", "meta", ""])
-def test_bad_input_unknown_device(name, monkeypatch, synthetic):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"device is '{name}', .*on this machine there is cpu"):
-        fit(Linear(), *synthetic, EXACT, name)
-
-
-def test_mixed_precision_follows_the_hardware(monkeypatch):
-    cuda = torch.device("cuda")
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert utils.mixed_precision(Config(), cuda) is expected
-    for amx, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx}, raising=False)
-        assert utils.mixed_precision(Config(), CPU) is expected
-    for device in (CPU, cuda):
-        assert utils.mixed_precision(Config(precision="float32"), device) is None
-
-
-def test_a_step_in_float16_is_that_in_float32_but_for_rounding(synthetic, monkeypatch):
-    """A CPU can compute in float16 as well, though it does not pay: what GPUs without bfloat16 are given."""
+def test_a_step_in_float16_equals_one_in_float32_up_to_rounding(synthetic, monkeypatch):
+    """The CPU computes in float16 too, slowly: what GPUs without bfloat16 use."""
     images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
     config, weights, types = Config(lr=0.5, momentum=0), [], []
     for dtype in (torch.float32, torch.float16):
-        for module in ("session8.config", "session8.training"):
+        for module in ("session8.device", "session8.training"):
             half = dtype if dtype is torch.float16 else None
-            monkeypatch.setattr(f"{module}.mixed_precision", lambda *_, half=half: half)
-        model, scaler = Linear(), utils.make_scaler(config, CPU)
+            monkeypatch.setattr(f"{module}.amp_dtype", lambda *_, half=half: half)
+        model, scaler = Linear(), training.make_scaler(config, CPU)
         assert scaler.is_enabled() == (dtype is torch.float16)
-        model.dense.register_forward_hook(lambda _, __, output: types.append(output.dtype))
-        nll, _ = utils.train_step(model, images, labels, utils.make_optimizer(model, config), scaler, config, CPU)
+        model.head.register_forward_hook(lambda _, __, output: types.append(output.dtype))
+        nll, _ = training.train_step(model, images, labels, training.make_optimizer(model, config), scaler, config, CPU)
         assert nll.dtype == torch.float32
-        utils.test(model, make_loader(synthetic[1], 100, train=False), config, CPU)
-        weights.append(model.dense.weight.detach() - Linear().dense.weight.detach())
+        training.test(model, make_loader(synthetic[1], 100, train=False), config, CPU)
+        weights.append(model.head.weight.detach() - Linear().head.weight.detach())
     assert types == [torch.float32] * 2 + [torch.float16] * 2
     largest = weights[0].abs().max()
     assert largest > 0.01
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0.01 * largest.item())
 
 
-def test_normalisation_is_exact_and_channels_last(synthetic):
-    images = synthetic[0].images[:5]
-    expected = ((images / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
-    result = normalize(torch.from_numpy(images), CPU)
-    np.testing.assert_allclose(result.numpy(), expected, atol=2e-6)
-    assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
+def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
+    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
+    config = Config(lr=0.5, momentum=0, label_smoothing=0.3, precision="float32")
+    ours, other = Linear(), Linear()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    nll, _ = training.train_step(ours, images, labels, training.make_optimizer(ours, config), scaler, config, CPU)
+    scores = other.head(normalize(images, CPU).flatten(1))
+    torch.nn.functional.cross_entropy(scores, labels, label_smoothing=0.3).backward()
+    expected = other.head.weight - 0.5 * other.head.weight.grad
+    torch.testing.assert_close(ours.head.weight, expected)
+    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(scores, labels))  # reported without smoothing
 
 
-def test_mps_is_given_no_channels_last_in_which_its_batch_norm_is_wrong(synthetic, monkeypatch):
-    assert utils.memory_format(torch.device("mps")) == torch.contiguous_format
-    monkeypatch.setattr(utils, "memory_format", lambda _: torch.contiguous_format)
-    images = torch.from_numpy(synthetic[0].images[:5])
-    assert normalize(images, CPU).is_contiguous()
-    model = small_network().to(memory_format=torch.channels_last)
-    utils.Run(model, *synthetic, EXACT, CPU)
-    assert all(p.is_contiguous() for p in model.parameters())
+def test_one_batch_can_be_overfitted(synthetic):
+    torch.manual_seed(0)
+    model, config = AdvancedCNN(width=0.5, dropout=0), Config(lr=0.05, precision="float32")
+    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
+    optimizer, scaler = training.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(30):
+        nll, hits = training.train_step(model, images, labels, optimizer, scaler, config, CPU)
+    assert nll < 0.05 and hits == 32
 
 
-# -- training and testing ------------------------------------------------------------------------------------------
+# -- one epoch -----------------------------------------------------------------------------------------------------
 
 
-def test_means_of_training_agree_with_an_independent_computation(synthetic):
+def test_the_results_of_training_agree_with_an_independent_computation(synthetic):
     split = Split(synthetic[0].images[:70], synthetic[0].labels[:70], "70 images: the last batch of 32 is partial")
     model, loader = Linear(), make_loader(split, 32, seed=4)
     standing_still = Config(epochs=1, lr=1e-30, momentum=0, precision="float32")
-    optimizer = utils.make_optimizer(model, standing_still)
-    loss, accuracy = utils.train(model, loader, optimizer, standing_still, CPU)
+    optimizer = training.make_optimizer(model, standing_still)
+    loss, accuracy = training.train(model, loader, optimizer, standing_still, CPU)
     images, labels = (torch.cat(part).numpy() for part in zip(*loader, strict=True))
     log_probs = model.by_hand(images)
     nll = -log_probs[np.arange(70), labels]
@@ -158,37 +111,59 @@ def test_means_of_training_agree_with_an_independent_computation(synthetic):
     assert loss != pytest.approx(of_batches, rel=1e-4)  # the usual mistake would be noticed
 
 
-def test_means_of_testing_agree_with_an_independent_computation(synthetic):
+def test_the_results_of_testing_agree_with_an_independent_computation(synthetic):
     test_split, model = synthetic[1], Linear()
-    loss, accuracy = utils.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
+    loss, accuracy = training.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
     log_probs = model.by_hand(test_split.images)
     assert loss == pytest.approx(-log_probs[np.arange(100), test_split.labels].mean(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (log_probs.argmax(1) == test_split.labels).mean())
 
 
-def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
-    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
-    config = Config(lr=0.5, momentum=0, label_smoothing=0.3, precision="float32")
-    ours, other = Linear(), Linear()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    nll, _ = utils.train_step(ours, images, labels, utils.make_optimizer(ours, config), scaler, config, CPU)
-    scores = other.dense(normalize(images, CPU).flatten(1))
-    torch.nn.functional.cross_entropy(scores, labels, label_smoothing=0.3).backward()
-    expected = other.dense.weight - 0.5 * other.dense.weight.grad
-    torch.testing.assert_close(ours.dense.weight, expected)
-    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(scores, labels))  # reported without smoothing
+def test_collected_logits_agree_with_an_independent_computation(synthetic):
+    test_split, model = synthetic[1], Linear()
+    logits = collect_logits(model, test_split, EXACT, "cpu")
+    assert logits.dtype == torch.float32 and logits.shape == (100, 10)
+    np.testing.assert_allclose(logits.numpy(), model.by_hand(test_split.images), atol=1e-4)
+    network = small_network().train()  # dropout and batch norm must behave as in testing
+    logits = collect_logits(network, test_split, EXACT, "cpu")
+    with torch.no_grad():
+        expected = network.eval()(normalize(torch.from_numpy(test_split.images), CPU))
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_that_ends_in_scores_is_trained_and_tested_as_one_in_log_probabilities(synthetic):
-    class Scores(Linear):
-        def forward(self, x):
-            return 3 + self.dense(x.flatten(1))
+def test_each_step_uses_the_rate_at_its_middle_and_each_epoch_has_batches_of_its_own(synthetic, monkeypatch):
+    rates, batches, step = [], [], training.train_step
 
-    config, results = Config(epochs=2, batch_size=50, lr=0.001, label_smoothing=0.2, precision="float32"), []
-    for network in (Linear(), Scores()):
-        history = fit(network, *synthetic, config, "cpu")
-        results.append([value for name in ("train_loss", "test_loss", "test_accuracy") for value in history[name]])
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    def watched(model, images, labels, optimizer, *rest):
+        rates.extend({group["lr"] for group in optimizer.param_groups})
+        batches.append(images)
+        return step(model, images, labels, optimizer, *rest)
+
+    monkeypatch.setattr(training, "train_step", watched)
+    config = Config.named("one_cycle", epochs=2, batch_size=100, lr=0.01, seed=7)
+    fit(Linear(), *synthetic, config, "cpu")
+    # 3 steps per epoch, 6 in all: the middle of step k is at (k + 1/2) / 6, and the peak at 1/4.
+    middles = [(k + 0.5) / 6 for k in range(6)]
+    assert rates == pytest.approx([0.01 * min(m / 0.25, (1 - m) / 0.75) for m in middles])
+    assert min(rates) > 0  # a first step at a rate of 0 would do nothing
+    loader = make_loader(synthetic[0], 100, seed=7, transform=train_transforms(config.cutout))
+    for epoch, part in enumerate((batches[:3], batches[3:])):
+        loader.set_epoch(epoch)
+        assert all(torch.equal(one, other) for one, (other, _) in zip(part, loader, strict=True))
+    assert not torch.equal(batches[0], batches[3])
+
+
+def test_the_device_is_read_when_the_bar_is_refreshed_and_not_in_every_step(synthetic, monkeypatch):
+    sizes, update = [], training._update
+    monkeypatch.setattr(training, "REFRESH_SECONDS", 1e9)
+    monkeypatch.setattr(
+        training, "_update", lambda _, pending, *rest: (sizes.append(len(pending)), update(_, pending, *rest))
+    )
+    fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
+    assert sizes == [5, 5]
+
+
+# -- a whole run ---------------------------------------------------------------------------------------------------
 
 
 def test_training_lowers_the_loss_and_learns(synthetic):
@@ -197,14 +172,16 @@ def test_training_lowers_the_loss_and_learns(synthetic):
     assert history["test_accuracy"][-1] > 50
 
 
-def test_one_batch_can_be_overfitted(synthetic):
-    torch.manual_seed(0)
-    model, config = AdvancedCNN(width=0.5, dropout=0), Config(lr=0.05, precision="float32")
-    images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
-    optimizer, scaler = utils.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    for _ in range(30):
-        nll, hits = utils.train_step(model, images, labels, optimizer, scaler, config, CPU)
-    assert nll < 0.05 and hits == 32
+def test_a_network_that_returns_logits_trains_like_one_that_returns_log_probabilities(synthetic):
+    class Scores(Linear):
+        def forward(self, x):
+            return 3 + self.head(x.flatten(1))
+
+    config, results = Config(epochs=2, batch_size=50, lr=0.001, label_smoothing=0.2, precision="float32"), []
+    for network in (Linear(), Scores()):
+        history = fit(network, *synthetic, config, "cpu")
+        results.append([value for name in ("train_loss", "test_loss", "test_accuracy") for value in history[name]])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 LOG = re.compile(
@@ -215,7 +192,7 @@ LOG = re.compile(
 )
 
 
-def test_log_lines_are_the_seed_projects(synthetic, capsys):
+def test_log_lines_have_the_seed_projects_format(synthetic, capsys):
     history = fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
     header, log = capsys.readouterr().out.split("\n\n", 1)
     assert "synthetic stand-in, NOT CIFAR-10" in header and "300 images" in header
@@ -224,47 +201,17 @@ def test_log_lines_are_the_seed_projects(synthetic, capsys):
 
 
 def test_history_is_plain_and_complete(synthetic):
-    history = fit(Linear(), *synthetic, Config.one_cycle(epochs=3, batch_size=100, lr=0.01), "cpu")
-    assert set(history) == {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds"}
-    assert all(len(values) == 3 and all(type(v) is float for v in values) for values in history.values())
-    # 3 steps an epoch, 9 in all: the last steps of the epochs begin at 2/9, 5/9 and 8/9 of training.
-    expected = [0.01 * (2 / 9) / 0.25, 0.01 * (4 / 9) / 0.75, 0.01 * (1 / 9) / 0.75]
-    assert history["lr"] == pytest.approx(expected)
+    history = fit(Linear(), *synthetic, Config.named("one_cycle", epochs=3, batch_size=100, lr=0.01), "cpu")
+    assert list(history) == ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "parts"]
+    assert [part["epochs"] for part in history["parts"]] == [[0, 3]]
+    numbers = [values for name, values in history.items() if name != "parts"]
+    assert all(len(values) == 3 and all(type(v) is float for v in values) for values in numbers)
+    # 3 steps per epoch, 9 in all: the middles of the last steps are at 2.5/9, 5.5/9 and 8.5/9 of training.
+    assert history["lr"] == pytest.approx([0.01 * (1 - k / 9) / 0.75 for k in (2.5, 5.5, 8.5)])
     json.dumps(history)
 
 
-def test_each_step_takes_the_schedules_rate_and_each_epoch_batches_of_its_own(synthetic, monkeypatch):
-    rates, batches, step = [], [], utils.train_step
-
-    def watched(model, images, labels, optimizer, *rest):
-        rates.extend({group["lr"] for group in optimizer.param_groups})
-        batches.append(images)
-        return step(model, images, labels, optimizer, *rest)
-
-    monkeypatch.setattr(utils, "train_step", watched)
-    config = Config.one_cycle(epochs=2, batch_size=100, lr=0.01, seed=7)
-    fit(Linear(), *synthetic, config, "cpu")
-    # 3 steps an epoch, 6 in all: the rate rises over the first quarter, and falls over the rest.
-    expected = [0.01 * rate for rate in (0, (1 / 6) / 0.25, (4 / 6) / 0.75, (3 / 6) / 0.75, (2 / 6) / 0.75)]
-    assert rates == pytest.approx([*expected, 0.01 * (1 / 6) / 0.75])
-    loader = make_loader(synthetic[0], 100, seed=7, transform=utils.train_transforms(config.cutout))
-    for epoch, part in enumerate((batches[:3], batches[3:])):
-        loader.set_epoch(epoch)
-        assert all(torch.equal(one, other) for one, (other, _) in zip(part, loader, strict=True))
-    assert not torch.equal(batches[0], batches[3])
-
-
-def test_the_device_is_read_when_the_bar_is_refreshed_and_not_every_step(synthetic, monkeypatch):
-    settled, settle = [], utils._settle
-    monkeypatch.setattr(utils, "REFRESH_SECONDS", 1e9)
-    monkeypatch.setattr(
-        utils, "_settle", lambda _, pending, *rest: (settled.append(len(pending)), settle(_, pending, *rest))
-    )
-    fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
-    assert settled == [5, 5]
-
-
-def test_one_seed_decides_training(synthetic):
+def test_the_seed_determines_training(synthetic):
     states = iter(range(100, 104))
 
     def weights(seed):
@@ -277,16 +224,68 @@ def test_one_seed_decides_training(synthetic):
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_the_batch_size_follows_the_device_unless_it_is_set(synthetic, capsys):
-    fit(Linear(), *synthetic, Config(epochs=1), "cpu")
-    assert " 5/5 " in capsys.readouterr().out  # 300 images in batches of 64
-    fit(Linear(), *synthetic, Config(epochs=1, batch_size=128), "cpu")
-    assert " 3/3 " in capsys.readouterr().out
+def test_recipe_with_cutout_trains_on_it(synthetic, monkeypatch):
+    seen = []
+    step = training.train_step
+    monkeypatch.setattr(
+        training, "train_step", lambda model, images, *rest: seen.append(images) or step(model, images, *rest)
+    )
+    for cutout in (0, 12):
+        seen.clear()
+        fit(AdvancedCNN(width=0.5), *synthetic, Config(epochs=1, batch_size=50, cutout=cutout), "cpu")
+        painted = (torch.cat(seen) == torch.tensor([125, 123, 114])).all(3).sum((1, 2))
+        assert len(painted) == 300 and (painted >= cutout**2).all() and (painted < cutout**2 + 20).float().mean() > 0.9
+
+
+RECIPE = Config.named("one_cycle", epochs=3, batch_size=25, lr=0.02)  # 12 batches an epoch
+
+
+class Interrupted(AdvancedCNN):
+    """Ctrl-C in the given forward pass of training; the seed decides the weights, as in the notebook."""
+
+    def __init__(self, at=None, seed=0, **sizes):
+        torch.manual_seed(seed)
+        super().__init__(width=0.5, **sizes)
+        self.at, self.passes = at, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        if self.training and self.passes == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return super().forward(x)
+
+
+def without_times(history):
+    return {name: values for name, values in history.items() if name not in ("seconds", "parts")}
+
+
+def log_of(output):
+    """Return the log as a terminal shows it: without what was overwritten, the header and times."""
+    lines = [line.rpartition("\r")[2] for line in output.split("\n")]
+    return [
+        re.sub(r"\[.*?\]", "[]", line)
+        for line in lines
+        if re.match("Epoch|Train|Test set", line) and "Training on" not in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(synthetic, tmp_path_factory):
+    model = Interrupted()
+    history = fit(model, *synthetic, RECIPE, "cpu", tmp_path_factory.mktemp("unbroken"))
+    return model, history
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(unbroken, synthetic):
+    for workers in (0, 2):
+        model = Interrupted()
+        history = fit(model, *synthetic, RECIPE, "cpu", num_workers=workers)
+        assert same_weights(model, unbroken[0]) and without_times(history) == without_times(unbroken[1])
 
 
 @pytest.mark.parametrize("at, whole", [(4, 0), (10, 1)])  # an epoch is 5 batches of training and 1 of testing
-def test_ctrl_c_ends_training_with_history_and_weights_of_the_last_whole_epoch(synthetic, capsys, at, whole):
-    class Interrupted(Linear):
+def test_ctrl_c_leaves_history_and_weights_after_the_last_complete_epoch(synthetic, capsys, at, whole):
+    class InterruptedLinear(Linear):
         passes = 0
 
         def forward(self, x):
@@ -295,56 +294,411 @@ def test_ctrl_c_ends_training_with_history_and_weights_of_the_last_whole_epoch(s
                 signal.raise_signal(signal.SIGINT)
             return super().forward(x)
 
-    model = Interrupted()
+    model = InterruptedLinear()
     history = fit(model, *synthetic, Config(epochs=5, batch_size=64), "cpu")
-    assert all(len(values) == whole for values in history.values())
-    printed = capsys.readouterr().out
-    assert f"Interrupted in epoch {whole + 1}: the history holds the {whole} before it" in printed
+    assert all(len(values) == whole for name, values in history.items() if name != "parts")
+    assert f"Interrupted: history and weights are those after {whole} epochs" in capsys.readouterr().out
     if whole:
-        tested = utils.test(model, make_loader(synthetic[1], 500, train=False), Config(), CPU)
-        assert tested == (history["test_loss"][-1], history["test_accuracy"][-1]) and "those after them" in printed
+        tested = training.test(model, make_loader(synthetic[1], 500, train=False), Config(), CPU)
+        assert tested == (history["test_loss"][-1], history["test_accuracy"][-1])
     else:
-        assert not torch.equal(model.dense.weight, Linear().dense.weight) and "those of this moment" in printed
+        assert torch.equal(model.head.weight, Linear().head.weight)
 
 
-# -- the record ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call, whole", [(1, 0), (2, 1)])
+def test_ctrl_c_between_the_end_of_an_epoch_and_the_copy_of_its_weights(synthetic, monkeypatch, call, whole):
+    copies, deepcopy = [], training.deepcopy
+
+    def interrupted(value):
+        copies.append(value)
+        if len(copies) == 1 + call:  # the first copy is made before the first epoch
+            raise KeyboardInterrupt
+        return deepcopy(value)
+
+    monkeypatch.setattr(training, "deepcopy", interrupted)
+    model = Linear()
+    history = fit(model, *synthetic, Config(epochs=5, batch_size=64), "cpu")
+    assert len(history["test_loss"]) == len(history["seconds"]) == whole
+    if whole:
+        tested = training.test(model, make_loader(synthetic[1], 500, train=False), Config(), CPU)
+        assert tested == (history["test_loss"][-1], history["test_accuracy"][-1])
+    else:
+        assert same_weights(model, Linear())
 
 
-def test_record_names_everything(synthetic, tmp_path):
-    model, config = small_network(), Config(epochs=2, batch_size=64, seed=3)
-    history = fit(model, *synthetic, config, "cpu")
-    path = tmp_path / "new folder" / "record.json"
-    record = write_record(path, model, *synthetic, config, history, "cpu")
-    assert json.loads(path.read_text()) == record
-    assert record["model"] == "AdvancedCNN" and record["width"] == 0.5
-    assert record["parameters"] == sum(p.numel() for p in model.parameters())
-    assert "NOT CIFAR-10" in record["data"] and (record["n_train"], record["n_test"]) == (300, 100)
-    assert record["config"]["seed"] == 3 and record["history"] == history
-    assert record["seconds"] == pytest.approx(sum(history["seconds"]), abs=0.1)
-    assert {"python", "torch", "albumentations", "numpy"} <= set(record["versions"]) and record["device"]
-    assert f"{history['test_accuracy'][-1]:.2f} %" in describe_record(record)
-    assert [path.name for path in path.parent.iterdir()] == ["record.json"]
+# -- resuming ------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_of_a_run_that_is_shown_again_is_left_as_it_is(synthetic, tmp_path, monkeypatch):
-    history = {"train_accuracy": [10.0], "test_accuracy": [10.0], "seconds": [1.23]}
-    arguments = (tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
-    first = write_record(*arguments)
-    monkeypatch.setattr("session8.checkpoint.device_name", lambda _: "another machine")
-    assert write_record(*arguments) == first
-    history["seconds"] = [1.24]
-    assert write_record(*arguments)["device"] == "another machine"
-    (tmp_path / "record.json").write_text("{not whole")
-    assert write_record(*arguments) == json.loads((tmp_path / "record.json").read_text())
+@pytest.fixture
+def every_step(monkeypatch):
+    """Arguments of `fit` for a checkpoint after every step."""
+    monkeypatch.setattr(training, "REFRESH_SECONDS", 0)
+    return {"checkpoint_seconds": 0}
 
 
-def test_a_record_holds_null_for_what_is_no_number(synthetic, tmp_path):
-    history = {"train_accuracy": [10.0], "test_accuracy": [10.0], "test_loss": [float("nan")], "seconds": [1.0]}
-    record = write_record(tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
-    assert record["history"]["test_loss"] == [None] and "NaN" not in (tmp_path / "record.json").read_text()
+@pytest.mark.parametrize("at, workers", [(2, 0), (12, 0), (13, 0), (20, 0), (20, 2), (24, 0), (36, 0)])
+def test_resume_is_bitwise_equal(unbroken, synthetic, tmp_path, every_step, capsys, at, workers):
+    fit(Interrupted(at), *synthetic, RECIPE, "cpu", tmp_path, **every_step)
+    capsys.readouterr()
+    model = Interrupted(seed=99)  # its own weights do not matter
+    history = fit(model, *synthetic, RECIPE, "cpu", tmp_path, num_workers=workers, **every_step)
+    assert same_weights(model, unbroken[0])
+    assert without_times(history) == without_times(unbroken[1])
+    assert f"{(at - 1) / 12:.4g} of 3 epochs done" in capsys.readouterr().out
+    assert model.passes == 36 - (at - 1)
 
 
-def test_a_record_of_no_whole_epoch_can_be_described(synthetic, tmp_path):
-    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")}
-    record = write_record(tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
-    assert "0 of 40 epochs" in describe_record(record)
+def test_resume_prints_the_epochs_that_are_done(synthetic, tmp_path, every_step, capsys):
+    fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path, **every_step)
+    capsys.readouterr()
+    history = fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path, **every_step)
+    log = log_of(capsys.readouterr().out)
+    assert [line for line in log if line.startswith("Epoch")] == ["Epoch 1", "Epoch 2", "Epoch 3"]
+    loss, accuracy = history["train_loss"][0], history["train_accuracy"][0]
+    assert log[1].startswith(f"Train set: Average loss: {loss:.4f}, Accuracy: {accuracy:.2f}%")
+    assert f"({history['test_accuracy'][0]:.2f}%)" in log[2] and log[4].startswith("Train: Loss=")
+
+
+def test_a_checkpoint_is_written_at_intervals_at_the_end_and_on_ctrl_c(synthetic, tmp_path, monkeypatch):
+    positions, save = [], checkpoint.save_checkpoint
+
+    def noted(folder, state):
+        positions.append(state["epoch"] + state["progress"]["batches"] / 12)
+        save(folder, state)
+
+    def saves(at=None, **options):
+        """Train with a clock that advances by one second per step; return where checkpoints were written."""
+        positions.clear()
+        model = Interrupted(at)
+        clock = SimpleNamespace(monotonic=lambda: model.passes, perf_counter=time.perf_counter)
+        monkeypatch.setattr(training, "time", clock)
+        monkeypatch.setattr(checkpoint, "time", clock)
+        fit(model, *synthetic, RECIPE, "cpu", tmp_path / str(len(list(tmp_path.iterdir()))), **options)
+        return [round(12 * position) for position in positions]
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", noted)
+    assert saves(checkpoint_seconds=1000) == [36]  # not after every short epoch
+    assert saves() == [30, 36]
+    assert saves(checkpoint_seconds=15) == [15, 30, 36]
+    assert saves(checkpoint_seconds=0, at=4) == [1, 2, 3]
+    assert saves(checkpoint_seconds=1000, at=20) == [12]  # Ctrl-C: the last complete epoch
+    assert saves(checkpoint_seconds=15, at=20) == [15]  # unless a later checkpoint exists
+    assert saves(checkpoint_seconds=1000, at=4) == [0]
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(unbroken, synthetic, tmp_path, capsys):
+    fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
+    capsys.readouterr()
+    model = Interrupted(seed=99)
+    history = fit(model, *synthetic, RECIPE, "cpu", tmp_path)
+    shown = capsys.readouterr().out
+    assert "This run is finished" in shown and model.passes == 0 and not model.training
+    assert shown.count("Train set: Average loss: ") == shown.count("Test set: Average loss: ") == 3
+    assert f"({history['test_accuracy'][-1]:.2f}%)" in shown and "Changed since" not in shown
+    assert same_weights(model, unbroken[0]) and without_times(history) == without_times(unbroken[1])
+
+
+def test_resume_counts_the_seconds_before(synthetic, tmp_path, every_step):
+    fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path, **every_step)
+    state = load_checkpoint(tmp_path)
+    before = state["progress"]["seconds"]
+    state["progress"]["seconds"] = before + 100
+    save_checkpoint(tmp_path, state)
+    history = fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
+    assert 0 < before < 60 and history["seconds"][1] > 100 > history["seconds"][2]
+
+
+def test_the_parts_of_a_run_are_kept_with_their_device_and_versions(
+    synthetic, tmp_path, every_step, monkeypatch, capsys
+):
+    fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path, **every_step)
+    monkeypatch.setattr(records, "package_versions", lambda: {"torch": "99.0"})
+    monkeypatch.setattr(records, "device_name", lambda _: "another machine")
+    monkeypatch.setattr(records, "project_commit", lambda: "abc")
+    capsys.readouterr()
+    history = fit(Interrupted(), *synthetic, RECIPE, "cpu", tmp_path)
+    first, second = history["parts"]
+    assert first["epochs"] == [0, pytest.approx(19 / 12)] and second["epochs"] == [pytest.approx(19 / 12), 3]
+    assert first["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (second["versions"], second["device"], second["commit"]) == ({"torch": "99.0"}, "another machine", "abc")
+    assert re.search(r"Changed since: .*device.*torch", capsys.readouterr().out)
+    record = records.write_record(tmp_path / "r.json", Interrupted(), *synthetic, RECIPE, history, "cpu")
+    assert record["parts"] == history["parts"] and record["device"] == "another machine"
+
+
+@pytest.mark.parametrize("at", [20, None])
+def test_changed_source_files_are_named_also_for_a_finished_run(synthetic, tmp_path, monkeypatch, capsys, at):
+    fit(Interrupted(at), *synthetic, RECIPE, "cpu", tmp_path)
+    hashes = records.source_hashes(Interrupted())
+    monkeypatch.setattr(records, "source_hashes", lambda _: {**hashes, "loaders.py": "0", "config.py": "1"})
+    capsys.readouterr()
+    model = Interrupted()
+    history = fit(model, *synthetic, RECIPE, "cpu", tmp_path)
+    message = "Changed since: config.py, loaders.py. To start over instead, delete the folder."
+    assert message in capsys.readouterr().out
+    assert len(history["test_loss"]) == 3 and model.passes == (24 if at else 0)
+
+
+@pytest.mark.parametrize("what", ["lr", "seed", "network", "optimizer", "augmentation", "data", "order", "batch size"])
+def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, monkeypatch, what):
+    fit(Interrupted(at=20), *synthetic, RECIPE, "cpu", tmp_path)
+    model, (train, test), changes = Interrupted(), synthetic, {}
+    if what == "lr":
+        changes, named = {"lr": 0.03}, "lr was 0.02 and is 0.03"
+    elif what == "seed":
+        changes, named = {"seed": 1}, "seed was 0 and is 1"
+    elif what == "network":
+        model, named = AdvancedCNN(), "network was 'Interrupted with .* and is 'AdvancedCNN with"
+    elif what == "optimizer":
+        monkeypatch.setattr(training, "make_optimizer", lambda model, _: torch.optim.Adam(model.parameters()))
+        named = "optimizer was 'SGD' and is 'Adam'"
+    elif what == "augmentation":
+        flipped = A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)])
+        monkeypatch.setattr(training, "train_transforms", lambda _: flipped)
+        named = r"augmentation was .*HorizontalFlip\(p=0.5\).* and is .*HorizontalFlip\(p=0.1\)"
+    elif what == "batch size":
+        monkeypatch.setattr(Config, "batch_size_on", lambda *_: 128)  # as on an accelerator
+        named = "batch size on the device was 25 and is 128"
+    elif what == "data":
+        images = train.images.copy()
+        images[0, 0, 0, 0] ^= 1
+        train, named = Split(images, train.labels, train.source), "data was '.*' and is '"
+    else:
+        train, named = Split(train.images[::-1].copy(), train.labels[::-1].copy(), train.source), "data was"
+    before = [p.clone() for p in model.parameters()]
+    recipe = Config.named("one_cycle", **{"epochs": 3, "batch_size": 25, "lr": 0.02, **changes})
+    with pytest.raises(CheckpointError, match=f"(?s)is of another run: {named}"):
+        fit(model, train, test, recipe, "cpu", tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_checkpoints_are_two_small_files_of_plain_content(synthetic, tmp_path, every_step):
+    fit(Interrupted(at=30), *synthetic, RECIPE, "cpu", tmp_path, **every_step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    last, previous = (torch.load(tmp_path / name, weights_only=True) for name in ("last.pt", "previous.pt"))
+    assert [state["epoch"] + state["progress"]["batches"] / 12 for state in (previous, last)] == [28 / 12, 29 / 12]
+    weights = sum(value.numel() * value.element_size() for value in last["model"].values())
+    assert (tmp_path / "last.pt").stat().st_size < 2.2 * weights + 100_000  # weights, momentum, random state
+
+
+def test_a_run_can_be_resumed_on_a_device_with_another_memory_format_and_optimizer_kernel(synthetic, monkeypatch):
+    """As from MPS to CUDA: contiguous to channels_last, unfused to fused, without and with a gradient scaler."""
+    there = Trainer(Interrupted(), *synthetic, RECIPE, CPU)
+    there.model.to(memory_format=torch.contiguous_format)
+    images, labels = next(iter(there.train_loader))
+    step = (images, labels)
+    training.train_step(there.model, *step, there.optimizer, there.scaler, RECIPE, CPU)
+    state = there.state_dict()
+
+    make_optimizer = training.make_optimizer
+
+    def fused(model, config):
+        groups = [{"params": group["params"]} for group in make_optimizer(model, config).param_groups]
+        return torch.optim.SGD(groups, lr=2, momentum=0.9, fused=True)
+
+    monkeypatch.setattr(training, "make_optimizer", fused)
+    monkeypatch.setattr(training, "make_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=8.0))
+    here = Trainer(Interrupted(seed=1), *synthetic, RECIPE, CPU)
+    here.load_state_dict(state)
+    assert same_weights(here.model, there.model)
+    assert here.optimizer.param_groups[0]["fused"]
+    strides = []
+    for mine, other in zip(here.model.parameters(), there.model.parameters(), strict=True):
+        if not mine.requires_grad:
+            continue
+        buffer = here.optimizer.state[mine]["momentum_buffer"]
+        assert torch.equal(buffer, there.optimizer.state[other]["momentum_buffer"])
+        assert buffer.stride() == mine.stride()
+        strides.append(mine.stride() != other.stride())
+    assert any(strides)
+    training.train_step(here.model, *step, here.optimizer, here.scaler, RECIPE, CPU)
+    here.check_finite()
+
+
+def test_an_enabled_scaler_is_restored(synthetic, monkeypatch):
+    monkeypatch.setattr(training, "make_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0))
+    there = Trainer(Linear(), *synthetic, EXACT, CPU)
+    there.scaler.scale(torch.ones(()))
+    monkeypatch.setattr(training, "make_scaler", lambda *_: torch.amp.GradScaler("cpu"))
+    here = Trainer(Linear(), *synthetic, EXACT, CPU)
+    here.load_state_dict(there.state_dict())
+    assert here.scaler.get_scale() == 2.0
+
+
+def test_numpy_numbers_in_a_recipe_do_not_spoil_a_checkpoint(synthetic, tmp_path):
+    recipe = Config(epochs=np.int64(1), lr=np.float64(0.01))
+    fit(Interrupted(), *synthetic, recipe, "cpu", tmp_path)
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+
+
+def test_bad_input_checkpoint_seconds(synthetic, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_seconds is -1; expected 0 or more"):
+        fit(Linear(), *synthetic, EXACT, "cpu", tmp_path, checkpoint_seconds=-1)
+
+
+# -- killed processes and full disks -------------------------------------------------------------------------------
+
+
+@posix
+def test_fault_killed_at_random_moments_until_done(tmp_path):
+    rng, kills, broken = random.Random(0), 0, tmp_path / "broken"
+
+    def killed():
+        """Train until a checkpoint is written, and a moment longer. Return False if training was done by then."""
+        before, process = processes.modified(broken), processes.start(processes.small_training, broken)
+        processes.wait_for(lambda: processes.modified(broken) > before or process.exitcode is not None)
+        process.join(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    while killed():
+        kills += 1
+    assert kills >= 8  # of 72 steps with a checkpoint each
+    processes.run(processes.small_training, tmp_path / "unbroken")
+    one, other = (torch.load(tmp_path / name / "result.pt", weights_only=True) for name in ("broken", "unbroken"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in other["model"])
+    assert all(
+        one["history"][name] == other["history"][name] for name in other["history"] if name not in ("seconds", "parts")
+    )
+
+
+class KillsAWorker(AdvancedCNN):
+    passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        if self.passes == 100:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            self.passes += 1
+        return super().forward(x)
+
+
+@posix
+def test_fault_worker_killed_in_the_middle_of_an_epoch(tmp_path):
+    splits, recipe = data.synthetic_cifar10(1500, 100), Config(epochs=2, batch_size=20)  # 75 batches
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* killed") as error:
+        fit(KillsAWorker(width=0.5), *splits, recipe, "cpu", tmp_path, checkpoint_seconds=0, num_workers=2)
+    assert f"The same call resumes from the last checkpoint in '{tmp_path}'" in error.value.__notes__[0]
+    done = load_checkpoint(tmp_path)
+    done = 75 * done["epoch"] + done["progress"]["batches"]
+    assert 75 <= done < 100
+    torch.manual_seed(0)
+    model = KillsAWorker(width=0.5)
+    history = fit(model, *splits, recipe, "cpu", tmp_path)
+    assert len(history["test_loss"]) == 2 and model.passes == 150 - done
+
+
+def test_fault_any_runtime_error_says_how_to_resume(synthetic, monkeypatch, tmp_path):
+    def fails(image, **_):
+        raise RuntimeError("the transform failed")
+
+    transform = A.Compose([A.RandomCrop(32, 32), A.Lambda(name="fails", image=fails, p=1.0)])
+    monkeypatch.setattr(training, "train_transforms", lambda _: transform)
+    for folder, noted in ((None, False), (tmp_path, True)):
+        with pytest.raises(RuntimeError, match="the transform failed") as error:
+            fit(small_network(), *synthetic, Config(epochs=1), "cpu", folder, num_workers=1)
+        assert any("The same call resumes" in note for note in getattr(error.value, "__notes__", [])) == noted
+
+
+def test_fault_damaged_checkpoint_in_a_run(tmp_path, synthetic):
+    unbroken, broken = small_network(), small_network()
+    fit(unbroken, *synthetic, RECIPE, "cpu", tmp_path, checkpoint_seconds=0)
+    damage(tmp_path / "last.pt", "truncated")
+    with pytest.warns(UserWarning, match="using the previous one"):
+        fit(broken, *synthetic, RECIPE, "cpu", tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), broken.parameters(), strict=True))
+
+
+@posix
+def test_fault_full_disk_during_training(tmp_path):
+    processes.run(processes.training_on_a_full_disk, tmp_path)
+    assert len(torch.load(tmp_path / "result.pt", weights_only=True)["history"]["test_loss"]) == 6  # training went on
+    assert not list(tmp_path.glob("*.part"))
+    state = load_checkpoint(tmp_path)  # the last that fitted: of the second epoch's last step
+    assert (state["epoch"], state["progress"]["batches"]) == (1, 12)
+
+
+def test_fault_full_disk_is_reported_and_the_last_checkpoint_kept(tmp_path, synthetic, monkeypatch, capsys):
+    writes, save = [], checkpoint.save_checkpoint
+
+    def full(folder, state):
+        writes.append(state["epoch"])
+        if len(writes) > 1:
+            raise OSError(28, "No space left on device")
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    monkeypatch.setattr(training, "REFRESH_SECONDS", 1e9)
+    history = fit(small_network(), *synthetic, RECIPE, "cpu", tmp_path, checkpoint_seconds=0)
+    assert len(history["test_loss"]) == 3 and len(writes) > 3
+    message = "Checkpoint not written ([Errno 28] No space left on device). Training continues"
+    assert capsys.readouterr().out.count(message) == len(writes) - 1
+    assert load_checkpoint(tmp_path)["progress"]["batches"] == 12
+
+
+def test_fault_checkpoint_folder_that_cannot_be_written(tmp_path, synthetic):
+    place = tmp_path / "run"
+    place.write_text("a file in its place")  # permission bits would not stop root
+    model = small_network()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=r"'.*run' cannot be written .*choose another folder"):
+        fit(model, *synthetic, RECIPE, "cpu", place)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# -- divergence ----------------------------------------------------------------------------------------------------
+
+
+class Diverges(AdvancedCNN):
+    """From the given training step on, its outputs are `value`; or its weights become so after that step."""
+
+    def __init__(self, at, value, weights=False):
+        torch.manual_seed(0)
+        super().__init__(width=0.5)
+        self.at, self.value, self.weights, self.passes = at, value, weights, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        result = super().forward(x)
+        if self.training and self.passes >= self.at:
+            if self.weights:
+                self.head.bias.data[0] = -float("inf")  # this class is never predicted: the loss may stay finite
+            else:
+                result = result * self.value
+        return result
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fault_loss_that_is_not_finite_stops_training_and_names_the_step(tmp_path, synthetic, value):
+    with pytest.raises(
+        TrainingDiverged, match=r"the loss became (nan|inf|-inf) in epoch 2, Batch_id=4, .* rate of 0.01"
+    ):
+        fit(Diverges(17, value), *synthetic, RECIPE, "cpu", tmp_path, checkpoint_seconds=0)  # 12 batches an epoch
+    state = load_checkpoint(tmp_path)
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_fault_test_loss_that_is_not_finite(tmp_path, synthetic, monkeypatch):
+    monkeypatch.setattr(training, "test", lambda *_: (float("nan"), 10.0))
+    with pytest.raises(TrainingDiverged, match="the test loss became nan in epoch 1"):
+        fit(small_network(), *synthetic, RECIPE, "cpu", tmp_path)
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_fault_training_that_really_diverges(tmp_path, synthetic):
+    recipe = Config(epochs=3, batch_size=25, lr=1e30, precision="float32")
+    with pytest.raises(TrainingDiverged, match=r"at a learning rate of 1e\+30: use a smaller lr"):
+        fit(small_network(), *synthetic, recipe, "cpu", tmp_path)
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_fault_weights_that_are_not_finite_are_never_saved(tmp_path, synthetic, monkeypatch):
+    # The images are of other classes than the one whose bias is minus infinity: no loss tells.
+    train, test = (data.Split(s.images, s.labels.clip(1), s.source) for s in synthetic)
+    with pytest.raises(TrainingDiverged, match=r"(a weight|the loss) became"):
+        fit(Diverges(17, None, weights=True), train, test, RECIPE, "cpu", tmp_path, checkpoint_seconds=0)
+    state = load_checkpoint(tmp_path)
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())

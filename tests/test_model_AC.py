@@ -1,10 +1,12 @@
+"""AdvancedCNN: its stem, blocks, size and arguments."""
+
 import pytest
 import torch
 from torch import nn
 
 from model_AC import STEM_STD, AdvancedCNN
-from session8.checkpoint import count_macs
-from session8.training import normalize
+from session8.augment import normalize
+from session8.records import count_macs
 
 
 @pytest.fixture
@@ -39,22 +41,22 @@ def test_the_stem_whitens_the_patches_of_real_images(model, real_splits):
     assert (torch.corrcoef(flat) - torch.eye(12)).abs().max() < 0.35  # of the 12 values of a patch, 0.99
 
 
-def test_convolutions_begin_as_the_identity(model):
-    for channels_in, block in zip((24, 32, 96), model.blocks, strict=True):
+def test_convolutions_start_as_the_identity(model):
+    for in_channels, block in zip((24, 32, 96), model.blocks, strict=True):
         first, *others = (layer for layer in block.modules() if isinstance(layer, nn.Conv2d))
-        x = torch.randn(2, channels_in, 9, 9)
-        torch.testing.assert_close(first(x)[:, :channels_in], x)
-        assert first.weight[channels_in:].std() > 0.01  # the rest is random
+        x = torch.randn(2, in_channels, 9, 9)
+        torch.testing.assert_close(first(x)[:, :in_channels], x)
+        assert first.weight[in_channels:].std() > 0.01  # the rest is random
         y = torch.randn(2, first.out_channels, 9, 9)
         assert len(others) == 2
         for convolution in others:
             torch.testing.assert_close(convolution(y), y)
 
 
-def test_a_block_adds_what_its_convolutions_make_to_what_the_pooling_kept(model):
+def test_a_block_has_a_shortcut_around_its_residual_branch(model):
     block, x = model.blocks[1].eval(), torch.randn(2, 32, 15, 15)
     nn.init.zeros_(block.residual[-1].weight)  # the last batch norm: nothing is added
-    torch.testing.assert_close(block(x), nn.functional.gelu(block.shrink(x)))
+    torch.testing.assert_close(block(x), nn.functional.gelu(block.downsample(x)))
 
 
 def test_evaluation_is_deterministic_and_training_drops_out():
@@ -71,7 +73,7 @@ def test_evaluation_is_deterministic_and_training_drops_out():
     assert torch.equal(model(images), model(images))
 
 
-def test_has_what_the_seed_project_promises(model):
+def test_has_the_layers_that_the_seed_project_lists(model):
     kinds = {kind: sum(isinstance(module, kind) for module in model.modules()) for kind in (
         nn.Conv2d, nn.BatchNorm2d, nn.Dropout, nn.Linear)}  # fmt: skip
     assert kinds[nn.Conv2d] > 3 and kinds[nn.BatchNorm2d] > 3 and kinds[nn.Dropout] == 1 and kinds[nn.Linear] == 1
@@ -80,27 +82,6 @@ def test_has_what_the_seed_project_promises(model):
 def test_stays_within_its_budget(model):
     assert count_macs(model) <= 42e6
     assert sum(p.numel() for p in model.parameters()) <= 1.3e6
-
-
-def test_macs_agree_with_a_count_by_hand(model):
-    macs = 0
-
-    def add(module, _, output):
-        nonlocal macs
-        macs += output[0].numel() * module.weight[0].numel()
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(add)
-    model.eval()(torch.zeros(1, 3, 32, 32))
-    assert count_macs(AdvancedCNN()) == macs
-
-
-def test_counting_macs_leaves_model_and_random_state_alone(model):
-    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    count_macs(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state) and model.training
 
 
 def test_the_last_grid_sees_the_whole_image(model):
@@ -125,13 +106,19 @@ def test_number_of_classes(classes):
     assert AdvancedCNN(num_classes=classes).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
 
 
+def test_the_arguments_recreate_the_network():
+    model = AdvancedCNN(num_classes=7, dropout=0.3, width=0.5)
+    copy = AdvancedCNN(**model.arguments)
+    assert copy.load_state_dict(model.state_dict()) and copy.dropout.p == 0.3
+
+
 def test_width_scales_the_network():
     assert count_macs(AdvancedCNN(width=0.5)) < 0.4 * count_macs(AdvancedCNN())
     assert AdvancedCNN(width=0.5).width == 0.5
 
 
 @pytest.mark.parametrize("wrong", [{"num_classes": 1}, {"dropout": 1.0}, {"dropout": -0.1}, {"width": 0}])
-def test_wrong_arguments_are_named(wrong):
+def test_bad_input_arguments(wrong):
     (name, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         AdvancedCNN(**wrong)

@@ -1,6 +1,6 @@
-"""What a dry run says agrees with the real one, and nothing is changed by it."""
+"""The range test agrees with a computation by hand, and neither it nor the estimate changes anything."""
 
-from itertools import count
+from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +8,12 @@ import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
 
+from session8 import lr_finder, training
+from session8.checkpoint import save_checkpoint
+from session8.config import Config
 from session8.data import MEAN, STD, Split
-from session8.lr_finder import _suggest, estimate_seconds, lr_range_test
-from session8.training import Config, make_loader
+from session8.loaders import make_loader
+from session8.lr_finder import _valley, estimate_seconds, lr_range_test
 
 
 def test_estimate_leaves_everything_as_it_was(synthetic):
@@ -21,11 +24,55 @@ def test_estimate_leaves_everything_as_it_was(synthetic):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_estimate_is_of_all_steps_of_all_epochs(synthetic, monkeypatch):
-    ticks = count(step=0.5)  # seconds: so long each step takes
-    monkeypatch.setattr("session8.lr_finder.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    # 300 training images make 60 batches of 5, of which 30 are timed; the 100 test images make one.
-    assert estimate_seconds(Linear(), *synthetic, Config(epochs=3, batch_size=5), "cpu") == 3 * (60 + 1) * 0.5
+@pytest.fixture
+def half_a_second_per_step(monkeypatch):
+    """The clock stands still but for half a second in each training step and test batch."""
+    now = [0.0]
+    monkeypatch.setattr("session8.lr_finder.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def pass_time(function):
+        def timed(*arguments):
+            now[0] += 0.5
+            return function(*arguments)
+
+        return timed
+
+    monkeypatch.setattr("session8.lr_finder.train_step", pass_time(lr_finder.train_step))
+    monkeypatch.setattr("session8.lr_finder.autocast", pass_time(lr_finder.autocast))
+
+
+@pytest.mark.parametrize("batch_size, batches", [(5, 60), (100, 3), (300, 1)])
+def test_estimate_is_of_all_steps_of_all_epochs(synthetic, half_a_second_per_step, batch_size, batches):
+    config = Config(epochs=3, batch_size=batch_size)  # 300 training images; the 100 test images are one batch
+    assert estimate_seconds(Linear(), *synthetic, config, "cpu") == pytest.approx(3 * (batches + 1) * 0.5)
+
+
+def test_estimate_does_not_count_epochs_that_are_done(synthetic, half_a_second_per_step, tmp_path):
+    config = Config(epochs=3, batch_size=100)
+    save_checkpoint(tmp_path, {"epoch": 2})
+    assert estimate_seconds(Linear(), *synthetic, config, "cpu", tmp_path) == pytest.approx((3 + 1) * 0.5)
+    save_checkpoint(tmp_path, {"epoch": 3})
+    assert estimate_seconds(Linear(), *synthetic, config, "cpu", tmp_path) == 0.0
+
+
+def test_estimate_waits_for_the_device_twice_per_pass_and_not_in_every_step(synthetic, monkeypatch):
+    waits, reads, item = [], [], torch.Tensor.item
+    monkeypatch.setattr("session8.lr_finder.synchronize", waits.append)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor) or item(tensor))
+    estimate_seconds(Linear(), *synthetic, Config(epochs=1, batch_size=10), "cpu")
+    assert waits == [CPU] * 4 and len(reads) <= 2  # 25 steps; each DataLoader reads a seed
+
+
+def test_neither_test_starts_worker_processes(synthetic, monkeypatch):
+    """Training starts its own; on CUDA the default is up to four."""
+    asked = []
+    make_loader = training.make_loader
+    monkeypatch.setattr(
+        training, "make_loader", lambda *a, **k: asked.append(k.get("num_workers")) or make_loader(*a, **k)
+    )
+    estimate_seconds(Linear(), *synthetic, EXACT, "cpu")
+    lr_range_test(Linear(), synthetic[0], EXACT, "cpu", end=0.1, steps=3)
+    assert asked[::2] == [0, 0]  # every second loader is a test loader
 
 
 def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
@@ -36,7 +83,7 @@ def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
     assert result.lr == pytest.approx(np.geomspace(1e-4, 1e-2, 7)) and not result.diverged
 
     by_hand = Linear().double()
-    weight, bias = (p.detach().numpy() for p in by_hand.dense.parameters())  # views: changed in place below
+    weight, bias = (p.detach().numpy() for p in by_hand.head.parameters())  # views: changed in place below
     momenta, average, expected = [np.zeros_like(weight), np.zeros_like(bias)], 0.0, []
     loader = make_loader(split, 20, seed=5)
     for step in range(7):
@@ -55,22 +102,33 @@ def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
             value -= result.lr[step] * momentum
     assert result.loss == pytest.approx(expected, rel=1e-4)
     assert np.argmin(expected) == 6  # it falls all the way
-    reached = [expected[0] - loss >= 0.95 * (expected[0] - expected[6]) for loss in expected]
-    assert result.suggestion == pytest.approx(result.lr[reached.index(True)])
+    assert result.suggestion == pytest.approx(result.lr[3])  # the middle of a valley of seven points
 
 
-def test_suggestion_is_where_the_fall_to_the_first_lasting_low_is_nearly_made():
-    rates = np.geomspace(1e-4, 10, 201)
-    log = np.log10(rates)
-    ramp = np.interp(log, [-4, -1, 1], [2.5, 1.5, 1.5])  # 95 % of the fall is made at 1.55
-    at_ramps_end = pytest.approx(10**-1.15, rel=0.06)  # the rates are 6 % apart
-    assert _suggest(rates, ramp) == at_ramps_end
-    # A hill behind it, a lower dip before the break-down, and a wiggle at the start change nothing.
-    dip = np.interp(log, [-1, -0.4, 0.2, 0.5, 1], [0, 0.2, -0.1, -0.1, 5])
-    wiggle = np.interp(log, [-4, -3.98, -3.9, -3.8], [0, -0.05, 0.05, 0])
-    assert _suggest(rates, ramp + dip + wiggle) == at_ramps_end
-    # A low that does not last is passed over.
-    assert _suggest(rates, ramp + np.interp(log, [-2.1, -2, -1.9], [0, -0.1, 0])) == at_ramps_end
+def longest_decreasing(losses):
+    """Return the length of the longest decreasing subsequence that ends at each index, by trying all of them."""
+    return [
+        max(
+            len(chosen)
+            for size in range(1, end + 2)
+            for chosen in combinations(losses[: end + 1], size)
+            if chosen[-1] == losses[end] and all(a > b for a, b in pairwise(chosen))
+        )
+        for end in range(len(losses))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_suggestion_is_the_middle_of_the_longest_valley(seed):
+    losses = np.random.default_rng(seed).permutation(10).tolist()
+    lengths = longest_decreasing(losses)
+    end = lengths.index(max(lengths))
+    assert _valley(losses) == end - max(lengths) // 2
+
+
+def test_suggestion_ignores_a_plateau_and_the_divergence_at_the_end():
+    curve = np.concatenate([np.full(50, 2.3), np.linspace(2.3, 1.0, 100), np.full(30, 1.0), np.linspace(1, 9, 20)])
+    assert 95 <= _valley(curve) <= 105
 
 
 def test_range_test_stops_where_training_diverges(synthetic):
@@ -93,13 +151,13 @@ def test_range_test_leaves_model_and_random_states_as_they_were(synthetic):
 
 def test_range_test_without_a_finite_loss(synthetic):
     model = Linear()
-    torch.nn.init.constant_(model.dense.weight, float("nan"))
+    torch.nn.init.constant_(model.head.weight, float("nan"))
     with pytest.raises(ValueError, match="the first loss is nan, before any step"):
         lr_range_test(model, synthetic[0], EXACT, CPU)
 
 
 def test_range_test_whose_loss_never_falls(synthetic):
-    with pytest.raises(ValueError, match="the loss never fell below that at start, 1000: begin with a smaller rate"):
+    with pytest.raises(ValueError, match="the loss never fell below its first value, at 1000: use a smaller start"):
         lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, start=1e3, end=1e5)
 
 

@@ -1,0 +1,118 @@
+"""The device, its precision and PyTorch's global flags."""
+
+import pytest
+import torch
+from networks import CPU, EXACT, Linear
+
+from session8.config import Config
+from session8.device import amp_dtype, arithmetic, autocast, available_cores, backend_flags, get_device, memory_format
+from session8.inference import predict
+from session8.training import Trainer, fit
+
+
+def test_the_default_device_is_the_first_available(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert get_device() == get_device("cpu") == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert get_device().type == "mps" and get_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert get_device().type == "cuda"
+    with pytest.raises(ValueError, match="device is 'cuda:1', which is not available; available: cuda, mps, cpu"):
+        get_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "meta", ""])
+def test_bad_input_device(name, monkeypatch, synthetic):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"device is '{name}', which is (unknown|not available); available: cpu$"):
+        fit(Linear(), *synthetic, EXACT, name)
+
+
+def test_the_dtype_of_autocast_follows_the_hardware(monkeypatch):
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert amp_dtype("auto", "cuda") is expected
+    for amx, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx}, raising=False)
+        assert amp_dtype("auto", CPU) is expected
+        assert arithmetic("auto", "cpu") == ("bfloat16" if amx else "float32")
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # older releases do not have it
+    assert amp_dtype("auto", CPU) is None
+    assert amp_dtype("float32", CPU) is amp_dtype("float32", "cuda") is None
+
+
+def test_autocast_computes_in_that_dtype(monkeypatch):
+    weight = torch.ones(3, 3)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    for precision, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        with autocast(precision, "cpu"):
+            assert (weight @ weight).dtype == dtype
+
+
+def test_mps_gets_no_channels_last_in_which_its_batch_norm_is_wrong(synthetic, monkeypatch):
+    assert memory_format("mps") == torch.contiguous_format and memory_format("cuda") == torch.channels_last
+    monkeypatch.setattr("session8.training.memory_format", lambda _: torch.contiguous_format)
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    Trainer(model, *synthetic, EXACT, CPU)
+    assert model.weight.is_contiguous()
+
+
+class AsksForFlags(Linear):
+    """Notes PyTorch's flags in each forward pass."""
+
+    def forward(self, x):
+        self.flags = flags()
+        return super().forward(x)
+
+
+def flags():
+    cudnn = torch.backends.cudnn
+    tf32 = cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+    return torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, tf32
+
+
+IEEE = "ieee" if hasattr(torch.backends.cudnn, "conv") else False
+
+
+def test_deterministic_kernels_are_set_during_training_only(synthetic):
+    before = flags()
+    for deterministic in (True, False):
+        model = AsksForFlags()
+        fit(model, *synthetic, Config(epochs=1, deterministic=deterministic), "cpu")
+        assert model.flags[:2] == (deterministic, not deterministic)
+        assert flags() == before
+
+
+def test_float32_turns_tf32_off_in_training_testing_and_predict(synthetic):
+    """On NVIDIA GPUs since Ampere cuDNN computes float32 convolutions in TF32 by default."""
+    before = flags()
+    assert before[2] != IEEE
+    model = AsksForFlags()
+    fit(model, *synthetic, Config(epochs=1, precision="float32"), "cpu")  # the last forward pass is of the test
+    assert model.flags[2] == IEEE and flags() == before
+    model.train()
+    model.flags = None
+    predict(model, synthetic[1].images[0], device="cpu")
+    assert model.flags[2] == IEEE and flags() == before
+    fit(model, *synthetic, Config(epochs=1), "cpu")
+    assert model.flags[2] == before[2]
+
+
+def test_flags_are_restored_after_an_error():
+    before = flags()
+    with pytest.raises(KeyError), backend_flags(Config(precision="float32", deterministic=True)):
+        assert flags() != before
+        raise KeyError
+    assert flags() == before
+    torch.backends.cudnn.allow_tf32  # noqa: B018  reading it raises an error if the two kinds of flags disagree
+
+
+def test_available_cores_are_those_of_the_process_and_not_of_the_host(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5}, raising=False)
+    assert available_cores() == 2
+    monkeypatch.delattr("os.sched_getaffinity")  # macOS and Windows
+    assert available_cores() == 64

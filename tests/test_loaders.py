@@ -1,0 +1,194 @@
+"""The loader: the same batches for any number of workers, in an order that the seed and the epoch determine."""
+
+import gc
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from fakes import class_folders, position_coded
+
+from session8 import loaders
+from session8.data import synthetic_cifar10
+from session8.loaders import make_loader
+
+
+def batches(loader):
+    return [(images.clone(), labels.clone()) for images, labels in loader]
+
+
+def same(some, others):
+    return len(some) == len(others) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(some, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_augmented_batches_are_the_same_for_any_number_of_workers(workers):
+    split = synthetic_cifar10(200, 10)[0]
+    alone, helped = (make_loader(split, 32, seed=5, num_workers=n) for n in (0, workers))
+    for epoch in (0, 1):  # in the second, the workers of the first go on
+        alone.set_epoch(epoch)
+        helped.set_epoch(epoch)
+        assert same(batches(alone), batches(helped))
+
+
+def test_augmented_batches_depend_on_epoch_and_seed_only():
+    split = synthetic_cifar10(100, 10)[0]
+    loader = make_loader(split, 32, seed=5)
+    first = batches(loader)
+    loader.set_epoch(1)
+    second = batches(loader)
+    loader.set_epoch(0)
+    assert same(first, batches(loader))
+    assert not same(first, second)
+    assert not same(first, batches(make_loader(split, 32, seed=6)))
+
+
+def test_no_two_workers_augment_alike():
+    # Equal images: two batches with equal augmentation would be equal.
+    loader = make_loader(position_coded(320), 32, num_workers=4)
+    drawn = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        drawn += [images.numpy().tobytes() for images, _ in loader]
+    assert len(set(drawn)) == len(drawn) == 30
+
+
+def test_nested_transforms_are_augmented_alike_for_any_number_of_workers():
+    transform = A.Compose(
+        [A.RandomCrop(32, 32), A.OneOf([A.HorizontalFlip(p=1), A.Sequential([A.VerticalFlip(p=0.5)])], p=0.7)]
+    )
+    split = synthetic_cifar10(100, 10)[0]
+    results = [batches(make_loader(split, 16, num_workers=n, transform=transform)) for n in (0, 2, 0)]
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+def test_training_order_is_a_permutation_and_the_last_batch_partial():
+    split = synthetic_cifar10(70, 10)[0]
+    loader = make_loader(split, 32, transform=A.CenterCrop(32, 32))
+    result = batches(loader)
+    assert [len(labels) for _, labels in result] == [32, 32, 6] and len(loader) == 3
+    images = torch.cat([images for images, _ in result]).numpy()
+    assert not np.array_equal(images, split.images)
+    key = {image.tobytes(): label for image, label in zip(split.images, split.labels, strict=True)}
+    assert sorted(image.tobytes() for image in images) == sorted(key)
+    labels = torch.cat([labels for _, labels in result]).tolist()
+    assert [key[image.tobytes()] for image in images] == labels
+
+
+def test_testing_keeps_order_and_images():
+    split = synthetic_cifar10(10, 70)[1]
+    result = batches(make_loader(split, 32, train=False))
+    images, labels = (torch.cat(part) for part in zip(*result, strict=True))
+    assert np.array_equal(images, split.images) and np.array_equal(labels, split.labels)
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.shape == (70, 32, 32, 3)
+
+
+def test_a_spawned_worker_can_be_given_the_augmented_batches():
+    # Windows and macOS spawn their workers: what they need must survive pickling.
+    dataset = make_loader(synthetic_cifar10(20, 10)[0], 10).dataset
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[np.arange(10), 7][0], dataset[np.arange(10), 7][0])
+
+
+@pytest.mark.parametrize("device, workers", [(None, 4), ("cpu", 0), ("cuda", 4), (torch.device("cuda"), 4)])
+def test_workers_and_pinned_memory_are_for_cuda(monkeypatch, device, workers):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(loaders, "available_cores", lambda: 16)
+    loader = make_loader(synthetic_cifar10(20, 10)[0], 10, device=device)
+    assert (loader.num_workers, loader.pin_memory) == (workers, workers > 0)
+    assert make_loader(synthetic_cifar10(20, 10)[0], 10, train=False, device=device).num_workers == 0
+    monkeypatch.setattr(loaders, "available_cores", lambda: 2)
+    assert make_loader(synthetic_cifar10(20, 10)[0], 10, device=device).num_workers == min(workers, 2)
+
+
+def test_bad_input_device_that_is_not_available(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda', which is not available"):
+        make_loader(synthetic_cifar10(20, 10)[0], 10, device="cuda")
+
+
+def test_the_loader_leaves_the_global_random_state_alone():
+    # Dropout draws from it: it must not depend on how batches are loaded.
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    for workers in (0, 2):
+        batches(make_loader(synthetic_cifar10(50, 10)[0], 16, num_workers=workers))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_input_transform_is_reported_from_a_worker_too():
+    loader = make_loader(synthetic_cifar10(20, 10)[0], 10, transform=A.Compose([A.HorizontalFlip()]), num_workers=1)
+    with pytest.raises(ValueError, match="the transform returned uint8"):
+        next(iter(loader))
+    gc.collect()  # ends the worker, which the next test's workers would else inherit
+
+
+def test_bad_input_transform_of_another_library():
+    with pytest.raises(TypeError, match="expected an albumentations transform"):
+        make_loader(synthetic_cifar10(20, 10)[0], 10, transform=lambda image: image)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": -8}, {"num_workers": -1}])
+def test_bad_input_loader_sizes(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        make_loader(synthetic_cifar10(20, 10)[0], **{"batch_size": 4, **wrong})
+
+
+# -- Windows and macOS, as far as Linux can show: spawned workers, and paths with blanks and umlauts -----------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import json
+import multiprocessing
+import sys
+
+import torch
+
+import utils
+from model_AC import AdvancedCNN
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    torch.set_num_threads(1)
+    splits = utils.load_cifar10("Bilder für später")
+    config = utils.Config(epochs=2, batch_size=20, precision="float32")
+    histories = []
+    for workers in (0, 2):
+        torch.manual_seed(0)
+        folder = f"Läufe mit {workers}"
+        history = utils.fit(AdvancedCNN(width=0.5), *splits, config, "cpu", folder, num_workers=workers)
+        histories.append({name: values for name, values in history.items() if name not in ("seconds", "parts")})
+    with open("Ergebnis ü.json", "w") as file:
+        json.dump(histories, file)
+"""
+
+
+def test_spawned_workers_give_the_same_result_in_a_folder_with_blanks_and_umlauts(tmp_path):
+    project = tmp_path / "Mein Projekt (schön)"
+    project.mkdir()
+    for path in ("model_AC.py", "utils.py"):
+        shutil.copy(ROOT / path, project)
+    shutil.copytree(ROOT / "session8", project / "session8")
+    class_folders(project / "Bilder für später", per_train=6, per_test=2)
+    (project / "run it.py").write_text(PROGRAM, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "run it.py"], cwd=project, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    here, spawned = json.loads((project / "Ergebnis ü.json").read_text())
+    assert here == spawned and len(here["test_accuracy"]) == 2
+    assert (project / "Läufe mit 2" / "last.pt").is_file()
+    assert not [path for path in project.rglob("*") if path.is_symlink()]

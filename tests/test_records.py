@@ -1,0 +1,137 @@
+"""The identity of a run, its environment and its record."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import albumentations as A
+import pytest
+import torch
+from networks import Linear, small_network
+from torch import nn
+
+from model_AC import AdvancedCNN
+from session8 import records, training
+from session8.config import Config
+from session8.data import Split, synthetic_cifar10
+from session8.records import count_macs, describe_record, source_hashes, write_record
+from session8.training import fit, run_folder
+
+# -- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_is_named_after_configuration_network_augmentation_optimizer_and_data(synthetic, monkeypatch):
+    def name(model=None, splits=synthetic, device="cpu", **changes):
+        return run_folder(model or small_network(), *splits, Config(**changes), device, "runs")
+
+    first = name()
+    assert re.fullmatch(r"runs.[0-9a-f]{8}", str(first))
+    assert first == name(small_network(seed=6))  # the values of the weights do not matter
+    images = synthetic[0].images.copy()
+    images[0, 0, 0, 0] ^= 1
+    others = [
+        name(lr=0.02),
+        name(epochs=3),
+        name(seed=1),
+        name(batch_size=64),
+        name(AdvancedCNN()),
+        name(Linear()),
+        name(splits=synthetic_cifar10(300, 99)),
+        name(splits=(Split(images, synthetic[0].labels, "one bit differs"), synthetic[1])),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training, "train_transforms", lambda _: A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)])
+        )
+        others.append(name())
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_optimizer", lambda model, _: torch.optim.Adam(model.parameters()))
+        others.append(name())
+    with monkeypatch.context() as patch:
+        patch.setattr(Config, "batch_size_on", lambda *_: 128)  # as on an accelerator
+        others.append(name())
+    assert len({first, *others}) == 1 + len(others)
+
+
+def test_a_changed_comment_does_not_rename_a_run(synthetic, monkeypatch):
+    before = run_folder(small_network(), *synthetic, Config(), "cpu")
+    monkeypatch.setattr(records, "source_hashes", lambda model: {"training.py": "changed"})
+    assert run_folder(small_network(), *synthetic, Config(), "cpu") == before
+
+
+# -- environment ---------------------------------------------------------------------------------------------------
+
+
+def test_source_hashes_are_of_the_files_that_shape_the_result(monkeypatch, tmp_path):
+    hashes = source_hashes(small_network())
+    assert set(hashes) == {"model_AC.py", "config.py", "augment.py", "loaders.py", "training.py"}
+    for name, digest in hashes.items():
+        file = Path(records.__file__).with_name(name) if name != "model_AC.py" else Path(__file__).parent.parent / name
+        assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_network_from_a_notebook_cell_has_no_file():
+    namespace = {"nn": nn, "__name__": "__main__"}
+    exec("class InACell(nn.Linear):\n    pass", namespace)
+    assert set(source_hashes(namespace["InACell"](1, 1))) >= {"config.py", "training.py"}
+
+
+# -- the record ----------------------------------------------------------------------------------------------------
+
+
+def test_record_names_everything(synthetic, tmp_path):
+    model, config = small_network(), Config(epochs=2, batch_size=64, seed=3)
+    history = fit(model, *synthetic, config, "cpu")
+    path = tmp_path / "new folder" / "record.json"
+    record = write_record(path, model, *synthetic, config, history, "cpu")
+    assert json.loads(path.read_text()) == record
+    assert record["model"] == "AdvancedCNN" and record["width"] == 0.5
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert "NOT CIFAR-10" in record["data"] and (record["n_train"], record["n_test"]) == (300, 100)
+    assert record["config"]["seed"] == 3 and record["batch_size"] == 64
+    assert {**record["history"], "parts": record["parts"]} == history
+    assert record["seconds"] == pytest.approx(sum(history["seconds"]), abs=0.1)
+    assert {"python", "torch", "albumentations", "numpy"} <= set(record["versions"]) and record["device"]
+    assert record["arithmetic"] in ("float32", "bfloat16")
+    (part,) = record["parts"]
+    assert part["epochs"] == [0, 2] and part["commit"] == record["commit"] and part["sources"] == source_hashes(model)
+    assert f"{history['test_accuracy'][-1]:.2f} %" in describe_record(record)
+    assert [path.name for path in path.parent.iterdir()] == ["record.json"]
+
+
+def test_a_record_written_again_is_the_same(synthetic, tmp_path, monkeypatch):
+    model, config = small_network(), Config(epochs=1, batch_size=100)
+    history = fit(model, *synthetic, config, "cpu", tmp_path)
+    first = write_record(tmp_path / "record.json", model, *synthetic, config, history, "cpu")
+    monkeypatch.setattr(records, "device_name", lambda _: "another machine")
+    shown = fit(model, *synthetic, config, "cpu", tmp_path)
+    assert write_record(tmp_path / "record.json", model, *synthetic, config, shown, "cpu") == first
+
+
+def test_a_record_without_a_complete_epoch_can_be_described(synthetic, tmp_path):
+    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")}
+    record = write_record(tmp_path / "record.json", small_network(), *synthetic, Config(), history, "cpu")
+    assert "0 of 40 epochs" in describe_record(record) and record["device"]
+
+
+def test_macs_agree_with_a_count_by_hand():
+    model, macs = AdvancedCNN(), 0
+
+    def add(module, _, output):
+        nonlocal macs
+        macs += output[0].numel() * module.weight[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(add)
+    model.eval()(torch.zeros(1, 3, 32, 32))
+    assert count_macs(AdvancedCNN()) == macs
+
+
+def test_counting_macs_changes_neither_the_model_nor_the_random_state():
+    model = small_network()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    count_macs(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and model.training
