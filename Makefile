@@ -1,10 +1,10 @@
-# make run     train, plot and explain: the notebook, executed to runs/Session_8.ipynb and .html
-# make test    the same set-up, then all tests
-# make results the tables and figures of README.md, from the records in results/
-# make lint    ruff
-# make clean   delete the environment
+# make run      train, plot and analyse: executes the notebook to runs/Session_8.ipynb and .html
+# make test     run the tests, two at a time
+# make results  write the table and figures of README.md and docs/ from the records in results/
+# make lint     ruff's check and format check
+# make clean    delete the environment
 #
-# The notebook's constants are set by name:  make run EPOCHS=5 RECIPE=one_cycle
+# The first call installs into $(VENV). The notebook's constants are set by name:  make run EPOCHS=5 RECIPE=one_cycle
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE CHECKPOINTS
 
 .PHONY: run test results lint clean
 
-# Made once; made again when the requirements change.
+# Repeated when the requirements change.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4) and "Python 3.11.4 or later is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ run: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --to html runs/Session_8.ipynb
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 results: $(VENV)/installed
 	$(BIN)/python results/build.py
