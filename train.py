@@ -29,9 +29,11 @@ def read_options(arguments=None, prog="train.py"):
     parser.add_argument("--device", help="cuda, mps or cpu; the first available if omitted")
     parser.add_argument("--publish", action="store_true", help="also write the record to results/")
     options, rest = parser.parse_known_args(arguments)
-    return options, tyro.cli(
-        Config, prog=prog, description=parser.format_help(), default=Config.named(options.recipe), args=rest
-    )
+    recipe = Config.named(options.recipe)
+    try:
+        return options, tyro.cli(Config, prog=prog, description=parser.format_help(), default=recipe, args=rest)
+    except ValueError as error:  # a value out of range, which older releases of tyro pass on
+        parser.error(str(error))
 
 
 def run(make_model, options, config, runs=ROOT / "runs", results=ROOT / "results"):

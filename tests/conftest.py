@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import multiprocessing.util
+import signal
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,9 @@ from session8 import data
 
 # The tests' networks are too small for several threads, and each pytest-xdist worker has one core.
 torch.set_num_threads(1)
+
+# A shell's background jobs ignore SIGINT, which some tests raise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Created early: in a test's folder the paths of the workers' sockets would be too long for some systems.
 multiprocessing.util.get_temp_dir()
