@@ -14,6 +14,7 @@ RECIPES = {
         schedule="one_cycle", lr=0.1, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, cutout=8, dropout=0.0
     ),
 }
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Config:
     """Constant, or a linear rise to lr followed by a linear decay to 0."""
     warmup: float = 0.25
     """Fraction of training in which the one_cycle schedule rises."""
-    precision: Literal["auto", "float32"] = "auto"
-    """auto: 16-bit autocast where the hardware supports it."""
+    precision: Literal[PRECISIONS] = "auto"
+    """Dtype of autocast; auto: 16 bits where the hardware computes in them."""
     deterministic: bool = False
     """Use deterministic CUDA kernels, at some cost in speed."""
     seed: int = 0
@@ -75,7 +76,7 @@ class Config:
             "dropout": (0 <= self.dropout < 1, "0 <= dropout < 1, for instance 0.1"),
             "schedule": (self.schedule in ("constant", "one_cycle"), "'constant' or 'one_cycle'"),
             "warmup": (0 < self.warmup < 1, "0 < warmup < 1, for instance 0.25"),
-            "precision": (self.precision in ("auto", "float32"), "'auto' or 'float32'"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(map(repr, PRECISIONS))}"),
             "seed": (0 <= self.seed < 2**63, "0 <= seed < 2**63"),
         }
         for name, (valid, expected) in ranges.items():

@@ -29,18 +29,29 @@ def get_device(device=None):
 def amp_dtype(precision, device):
     """Return the dtype that autocast uses on `device`, or None for float32 throughout.
 
-    With precision "auto": bfloat16 on CUDA GPUs that compute in it, float16 on other CUDA GPUs, bfloat16 on CPUs
-    with AMX. Weights and optimizer state are float32 in every case.
+    precision "auto": bfloat16 on CUDA GPUs and CPUs that compute in it (AMX or AVX-512 BF16), float16 on other CUDA
+    GPUs, float32 elsewhere. "float32", "bfloat16" or "float16": that type. Weights and optimizer state are float32 in
+    every case. Raises ValueError for float16 on another device than CUDA.
     """
     device = torch.device(device)
-    if precision == "float32":
-        return None
+    if precision == "float16" and device.type != "cuda":
+        raise ValueError(f"precision is 'float16', which needs CUDA; expected 'auto' on {device.type}")
+    if precision != "auto":
+        return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    if computes_in_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None
+
+
+def computes_in_bfloat16(device):
+    """Return whether the hardware has instructions for bfloat16; on others it is emulated, slower than float32."""
+    device = torch.device(device)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # missing in older releases
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else None
-    return None
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
 
 
 def autocast(precision, device):

@@ -7,6 +7,7 @@ log-probabilities, negative log-likelihood (NLL), SGD.
 import math
 import sys
 import time
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,15 @@ from tqdm import tqdm
 from session8.augment import normalize, train_transforms
 from session8.checkpoint import Checkpoints, rng_state, set_rng_state
 from session8.config import Config
-from session8.device import amp_dtype, arithmetic, autocast, backend_flags, get_device, memory_format
+from session8.device import (
+    amp_dtype,
+    arithmetic,
+    autocast,
+    backend_flags,
+    computes_in_bfloat16,
+    get_device,
+    memory_format,
+)
 from session8.loaders import make_loader
 from session8.records import environment, run_identity, short_hash, utc_now
 
@@ -197,6 +206,8 @@ class Trainer:
 
     def __init__(self, model, train_split, test_split, config, device, num_workers=None):
         self.config, self.device = config, get_device(device)
+        if config.precision == "bfloat16" and not computes_in_bfloat16(self.device):
+            warnings.warn(f"{self.device.type} emulates bfloat16 here: precision='auto' is faster", stacklevel=3)
         self.model = model.to(self.device, memory_format=memory_format(self.device))
         batch_size, transform = config.batch_size_on(self.device), train_transforms(config.cutout)
         self.train_loader = make_loader(
@@ -335,7 +346,9 @@ def fit(
     trainer = Trainer(model, train_split, test_split, config, device, num_workers)
     device = trainer.device
     sizes = f"{len(train_split):,} images, {len(test_split):,} test images"
-    computed = f"{arithmetic(config.precision, device)} on {device.type}"
+    computed = (
+        f"{arithmetic(config.precision, device)} on {device.type}, augmentation {trainer.train_loader.augmentation}"
+    )
     print(f"Training on {train_split.source}: {sizes}; {config.epochs} epochs, {computed}")
     torch.manual_seed(config.seed)
     identity = _identity(model, train_split, test_split, config, device) if checkpoint_dir is not None else None

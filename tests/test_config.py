@@ -28,7 +28,7 @@ def test_the_batch_size_depends_on_the_device_unless_it_is_set():
         {"momentum": 1}, {"momentum": -0.1},
         {"weight_decay": -1}, {"label_smoothing": 1}, {"schedule": "cosine"}, {"warmup": 0}, {"warmup": 1},
         {"dropout": 1.0}, {"dropout": -0.1}, {"cutout": -1}, {"cutout": 33}, {"cutout": 8.0},
-        {"precision": "float8"}, {"seed": -1}, {"seed": 0.5}, {"seed": 2**63},
+        {"precision": "float8"}, {"precision": 16}, {"seed": -1}, {"seed": 0.5}, {"seed": 2**63},
     ],
 )  # fmt: skip
 def test_bad_input_recipe(wrong):

@@ -35,13 +35,43 @@ def test_the_dtype_of_autocast_follows_the_hardware(monkeypatch):
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert amp_dtype("auto", "cuda") is expected
-    for amx, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx}, raising=False)
+    for capabilities, expected in (
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, None), ({}, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert amp_dtype("auto", CPU) is expected
-        assert arithmetic("auto", "cpu") == ("bfloat16" if amx else "float32")
+        assert arithmetic("auto", "cpu") == ("bfloat16" if expected else "float32")
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # older releases do not have it
-    assert amp_dtype("auto", CPU) is None
+    assert amp_dtype("auto", CPU) is amp_dtype("auto", "mps") is None
+
+
+def test_a_named_precision_is_used_on_any_hardware():
     assert amp_dtype("float32", CPU) is amp_dtype("float32", "cuda") is None
+    assert amp_dtype("bfloat16", CPU) is amp_dtype("bfloat16", "cuda") is torch.bfloat16
+    assert amp_dtype("float16", "cuda") is torch.float16
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_bad_input_float16_without_cuda(device):
+    with pytest.raises(ValueError, match=f"precision is 'float16', which needs CUDA; expected 'auto' on {device}"):
+        amp_dtype("float16", device)
+
+
+def test_bad_input_float16_is_refused_before_training(synthetic):
+    with pytest.raises(ValueError, match="precision is 'float16', which needs CUDA"):
+        fit(Linear(), *synthetic, Config(epochs=1, precision="float16"), "cpu")
+
+
+def test_bfloat16_without_hardware_runs_with_a_warning(synthetic, monkeypatch, capsys):
+    config = Config(epochs=1, precision="bfloat16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    with pytest.warns(UserWarning, match="cpu emulates bfloat16 here: precision='auto' is faster"):
+        fit(Linear(), *synthetic, config, "cpu")
+    assert "bfloat16 on cpu" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    history = fit(Linear(), *synthetic, config, "cpu")  # a warning would fail
+    assert history["parts"][0]["arithmetic"] == "bfloat16"
 
 
 def test_autocast_computes_in_that_dtype(monkeypatch):
