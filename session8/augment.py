@@ -1,7 +1,8 @@
-"""Augmentation with albumentations, and the normalisation that follows it on the device."""
+"""Augmentation with albumentations, the same for whole batches on the device, and normalisation."""
 
 import os
 import random
+from dataclasses import dataclass
 from functools import cache
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would query the package index: 2 s
@@ -78,6 +79,88 @@ def augment(split, index, n, transform=None, seed=0):
     return apply_transform(transform, np.repeat(image, n, axis=0), seed)
 
 
+# -- the same augmentation for whole batches ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchAugmentation:
+    """The standard augmentation for whole batches: random crop, horizontal flip, and one square hole.
+
+    flip_p, hole_p: probabilities. hole: side of the square in pixels; 0: none. fill: its colour.
+    """
+
+    flip_p: float = 0.0
+    hole: int = 0
+    hole_p: float = 0.0
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    def draw(self, n, seed, epoch):
+        """Draw the augmentation of n images for an epoch, as a function of (seed, epoch): uint8 (n, 5).
+
+        The columns are the row and column of the crop, whether to flip, and the row and column of the hole; a row of 32
+        is outside the image, for no hole.
+        """
+        rng = np.random.default_rng((seed, epoch, 1))  # the order of the images is drawn from (seed, epoch)
+        draws = np.empty((n, 5), np.uint8)
+        draws[:, :2] = rng.integers(2 * PADDING + 1, size=(n, 2))
+        draws[:, 2] = rng.random(n) < self.flip_p
+        draws[:, 3:] = rng.integers(32 - self.hole + 1, size=(n, 2))
+        draws[rng.random(n) >= self.hole_p, 3] = 32
+        return draws
+
+    def apply(self, images, indices, draws):
+        """Augment a batch in one gather, on the device of its arguments.
+
+        images: padded, uint8 (N, 40, 40, 3), contiguous. indices: int64 (B,). draws: int64 (B, 5). Returns uint8
+        (B, 32, 32, 3).
+        """
+        ahead = torch.arange(32, device=images.device)
+        top, left, flip, hole_top, hole_left = draws.T[:, :, None]  # each (B, 1)
+        columns = left + torch.where(flip > 0, 31 - ahead, ahead)
+        size = images.shape[1]
+        rows = (indices[:, None] * size + top + ahead) * size
+        batch = images.view(-1, 3)[rows[:, :, None] + columns[:, None, :]]
+        if self.hole:
+            rows, columns = ((ahead >= start) & (ahead < start + self.hole) for start in (hole_top, hole_left))
+            fill = _on_device(self.fill, images.device)
+            batch = torch.where((rows[:, :, None] & columns[:, None, :])[..., None], fill, batch)
+        return batch
+
+
+@cache
+def _on_device(values, device):
+    return torch.tensor(values, dtype=torch.uint8, device=device)  # once: a copy in each step makes a GPU wait
+
+
+def as_batch_augmentation(transform):
+    """Return the BatchAugmentation that equals an albumentations transform, or None if there is none.
+
+    There is one for A.Compose of A.RandomCrop(32, 32), then A.HorizontalFlip, then A.CoarseDropout of one square of
+    fixed size and colour; the last two are optional.
+    """
+    if type(transform) is not A.Compose or transform.p != 1 or transform.processors:
+        return None
+    crop, *rest = transform.transforms or [None]
+    if type(crop) is not A.RandomCrop or (crop.height, crop.width, crop.p, crop.pad_if_needed) != (32, 32, 1, False):
+        return None
+    found = {}
+    if rest and type(rest[0]) is A.HorizontalFlip:
+        found["flip_p"] = float(rest.pop(0).p)
+    if rest and type(rest[0]) is A.CoarseDropout:
+        dropout = rest.pop(0)
+        low, high = dropout.hole_height_range
+        fill = dropout.fill if isinstance(dropout.fill, tuple) else (dropout.fill,) * 3
+        square = tuple(dropout.hole_width_range) == (low, high) and low == high and low == int(low) and 1 <= low <= 32
+        colour = len(fill) == 3 and all(isinstance(v, int | float) and v == int(v) and 0 <= v <= 255 for v in fill)
+        if tuple(dropout.num_holes_range) != (1, 1) or not square or not colour:
+            return None
+        found |= {"hole": int(low), "hole_p": float(dropout.p), "fill": tuple(map(int, fill))}
+    return None if rest else BatchAugmentation(**found)
+
+
+# -- on the device -------------------------------------------------------------------------------------------------
+
+
 def normalize(images, device):
     """Copy a batch to the device and normalise it: uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32).
 
@@ -94,7 +177,7 @@ def normalize(images, device):
 
 @cache
 def _scale_and_offset(device):
-    # Kept on the device, since a copy in each step makes a GPU wait; and expanded to the size of an image, since
-    # broadcasting over three channels takes a CPU three times as long.
+    # Kept on the device, as above; and expanded to the size of an image, since broadcasting over three channels takes
+    # a CPU three times as long.
     scale, offset = [1 / (255 * std) for std in STD], [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
     return tuple(torch.tensor(values, device=device).expand(32, 32, 3).contiguous() for values in (scale, offset))

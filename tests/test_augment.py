@@ -1,6 +1,7 @@
-"""The augmentation of a batch: its statistics, an edited pipeline, and normalisation."""
+"""Augmentation: its statistics, edited pipelines, the same for whole batches, and normalisation."""
 
 import random
+from itertools import combinations
 
 import albumentations as A
 import numpy as np
@@ -11,7 +12,7 @@ from networks import CPU
 from scipy.stats import chi2_contingency, chisquare
 
 from session8 import augment as augmentation
-from session8.augment import apply_transform, augment, normalize, pad, train_transforms
+from session8.augment import apply_transform, as_batch_augmentation, augment, normalize, pad, train_transforms
 from session8.data import MEAN, STD, Split, synthetic_cifar10
 from session8.loaders import make_loader
 
@@ -140,6 +141,103 @@ def test_bad_input_cutout():
     for side in (-1, 33):
         with pytest.raises(ValueError, match=rf"cutout is {side}; expected 0 \(none\) to 32"):
             train_transforms(cutout=side)
+
+
+# -- the same augmentation for whole batches ----------------------------------------------------------------------
+
+
+def decode(images):
+    """Read the draws from augmented position-coded images, as `BatchAugmentation.draw` returns them."""
+    draws = []
+    for image in images.astype(int):
+        hole = image[..., 2] == 114  # the blue of the mean colour; the image's own is 255, and that of the padding 0
+        seen = np.argwhere(image[..., 2] == 255)
+        row, column = seen[0]
+        next_to_it = seen[(seen[:, 0] == row) & (seen[:, 1] != column)][0, 1]
+        flip = (image[row, next_to_it, 1] - image[row, column, 1]) * (next_to_it - column) < 0
+        source_row, source_column = image[row, column, :2] - 1 + 4  # in the padded image
+        left = source_column - (31 - column if flip else column)
+        corner = np.argwhere(hole)[0] if hole.any() else (32, 0)
+        draws.append([source_row - row, left, flip, *corner])
+    return np.array(draws)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        train_transforms(),
+        train_transforms(cutout=8),
+        A.Compose([A.RandomCrop(32, 32)]),
+        A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.2)]),
+        A.Compose([A.RandomCrop(32, 32), A.CoarseDropout((1, 1), (5, 5), (5, 5), fill=(125, 123, 114), p=0.5)]),
+    ],
+    ids=["default", "one_cycle", "crop only", "rare flips", "a hole in every second image"],
+)
+def test_batched_augmentation_equals_albumentations_for_the_same_draws(transform):
+    batched = as_batch_augmentation(transform)
+    n = 300
+    draws = decode(apply_transform(transform, pad(position_coded(n).images), 7))
+    assert len(np.unique(draws[:, :2], axis=0)) > 60
+    images = np.random.default_rng(0).integers(256, size=(n, 32, 32, 3), dtype=np.uint8)
+    expected = apply_transform(transform, pad(images), 7)  # draws do not depend on the pixels
+    order = np.random.default_rng(1).permutation(n)
+    padded, indices = torch.from_numpy(pad(images)), torch.from_numpy(order)
+    result = batched.apply(padded, indices, torch.from_numpy(draws[order]))
+    assert result.dtype == torch.uint8 and np.array_equal(result.numpy(), expected[order])
+
+
+def test_batched_draws_are_uniform_fair_independent_and_other_ones_in_each_epoch():
+    augmentation = as_batch_augmentation(train_transforms(cutout=10))
+    draws = augmentation.draw(16200, seed=3, epoch=0).astype(int)
+    top, left, flip, hole_top, hole_left = draws.T
+    assert chisquare(np.bincount(9 * top + left, minlength=81)).pvalue > 1e-3
+    assert chisquare(np.bincount(flip)).pvalue > 1e-3
+    for place in (hole_top, hole_left):
+        assert chisquare(np.bincount(place, minlength=23)).pvalue > 1e-3 and place.max() == 22
+    for one, other in combinations((top, left, flip, hole_top, hole_left), 2):
+        table = np.histogram2d(one, other, bins=(len(np.unique(one)), len(np.unique(other))))[0]
+        assert chi2_contingency(table).pvalue > 1e-4
+    assert abs((draws[1:, :2] == draws[:-1, :2]).all(1).mean() - 1 / 81) < 4 * np.sqrt(1 / 81 / 16200)
+    assert np.array_equal(draws, augmentation.draw(16200, seed=3, epoch=0))
+    for seed, epoch in ((3, 1), (4, 0)):
+        other = augmentation.draw(16200, seed, epoch)
+        assert abs((draws[:, :2] == other[:, :2]).all(1).mean() - 1 / 81) < 4 * np.sqrt(1 / 81 / 16200)
+
+
+def test_batched_draws_follow_the_probabilities_of_the_list():
+    hole = A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=0, p=0.25)
+    augmentation = as_batch_augmentation(A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1), hole]))
+    draws = augmentation.draw(10_000, 0, 0)
+    assert abs(draws[:, 2].mean() - 0.1) < 0.015 and abs((draws[:, 3] < 32).mean() - 0.25) < 0.02
+
+
+CROP, FLIP = A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)
+
+
+class OwnFlip(A.HorizontalFlip):
+    """A user's subclass may do anything."""
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        A.Compose([]), CROP, A.Compose([FLIP]), A.Compose([FLIP, CROP]), A.Compose([CROP, FLIP, A.VerticalFlip()]),
+        A.Compose([CROP, FLIP], p=0.5), A.Compose([CROP, OwnFlip()]), A.Compose([A.RandomCrop(32, 32, p=0.5), FLIP]),
+        A.Compose([A.RandomCrop(32, 32, pad_if_needed=True)]), A.Compose([A.RandomCrop(28, 28)]),
+        A.Compose([A.CenterCrop(32, 32), FLIP]), A.Compose([CROP, FLIP, FLIP]), A.Sequential([CROP, FLIP], p=1.0),
+        A.Compose([CROP, A.Compose([FLIP])]), A.Compose([CROP, A.CoarseDropout((1, 2), (8, 8), (8, 8)), FLIP]),
+        A.Compose([CROP, A.CoarseDropout((1, 2), (8, 8), (8, 8))]),
+        A.Compose([CROP, A.CoarseDropout((1, 1), (4, 8), (8, 8))]),
+        A.Compose([CROP, A.CoarseDropout((1, 1), (8, 8), (6, 6))]),
+        A.Compose([CROP, A.CoarseDropout((1, 1), (4, 8), (4, 8))]),
+        A.Compose([CROP, A.CoarseDropout((1, 1), (0.2, 0.2), (0.2, 0.2))]),
+        A.Compose([CROP, A.CoarseDropout((1, 1), (8, 8), (8, 8), fill="random")]),
+        A.Compose([CROP, A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=0.5)]),
+    ],
+    ids=lambda transform: " ".join(repr(transform).split())[:60],
+)  # fmt: skip
+def test_every_other_list_falls_back_to_albumentations(transform):
+    assert as_batch_augmentation(transform) is None
 
 
 # -- normalisation -----------------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from fakes import class_folders, position_coded
+from fakes import class_folders, position_coded, read_positions
+from networks import same_weights, small_network
 
-from session8 import loaders
+from session8 import loaders, training
+from session8.augment import as_batch_augmentation, train_transforms
+from session8.config import Config
 from session8.data import synthetic_cifar10
-from session8.loaders import make_loader
+from session8.loaders import DeviceLoader, make_loader
 
 
 def batches(loader):
@@ -104,11 +107,12 @@ def test_workers_and_pinned_memory_are_for_cuda(monkeypatch, device, workers):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(loaders, "available_cores", lambda: 16)
-    loader = make_loader(synthetic_cifar10(20, 10)[0], 10, device=device)
+    split, edited = synthetic_cifar10(20, 10)[0], A.Compose([A.RandomCrop(32, 32), A.VerticalFlip()])
+    loader = make_loader(split, 10, device=device, transform=edited)
     assert (loader.num_workers, loader.pin_memory) == (workers, workers > 0)
-    assert make_loader(synthetic_cifar10(20, 10)[0], 10, train=False, device=device).num_workers == 0
+    assert make_loader(split, 10, train=False, device=device, transform=edited).num_workers == 0
     monkeypatch.setattr(loaders, "available_cores", lambda: 2)
-    assert make_loader(synthetic_cifar10(20, 10)[0], 10, device=device).num_workers == min(workers, 2)
+    assert make_loader(split, 10, device=device, transform=edited).num_workers == min(workers, 2)
 
 
 def test_bad_input_device_that_is_not_available(monkeypatch):
@@ -143,6 +147,133 @@ def test_bad_input_loader_sizes(wrong):
     (name, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
         make_loader(synthetic_cifar10(20, 10)[0], **{"batch_size": 4, **wrong})
+
+
+@pytest.mark.parametrize("keyword, value", [("padding", "mirror"), ("flip", "never")])
+def test_bad_input_padding_and_flip(keyword, value):
+    with pytest.raises(ValueError, match=f"{keyword} is '{value}'; expected one of "):
+        make_loader(synthetic_cifar10(20, 10)[0], 4, **{keyword: value})
+
+
+# -- on the device -------------------------------------------------------------------------------------------------
+
+
+def device_loader(split, batch_size, seed=0, transform=None):
+    augmentation = as_batch_augmentation(transform or train_transforms(cutout=8))
+    return DeviceLoader(split, batch_size, augmentation, seed, torch.device("cpu"))
+
+
+def test_device_batches_have_the_order_labels_and_sizes_of_the_albumentations_loader():
+    split = synthetic_cifar10(70, 10)[0]
+    ours, other = device_loader(split, 32, seed=5), make_loader(split, 32, seed=5)
+    for epoch in (0, 3):
+        ours.set_epoch(epoch)
+        other.set_epoch(epoch)
+        pairs = list(zip(ours, other, strict=True))
+        assert [len(labels) for (_, labels), _ in pairs] == [32, 32, 6] and len(ours) == 3 and len(ours.dataset) == 70
+        assert all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
+        assert all(images.shape[1:] == (32, 32, 3) and images.dtype == torch.uint8 for (images, _), _ in pairs)
+
+
+def test_device_batches_are_the_draws_of_their_images():
+    split = position_coded(50)
+    loader = device_loader(split, 16, seed=5, transform=train_transforms())
+    loader.set_epoch(2)
+    images = torch.cat([images for images, _ in loader])
+    draws = as_batch_augmentation(train_transforms()).draw(50, seed=5, epoch=2)
+    order = np.concatenate([indices for indices, _ in loader.sampler])
+    rows, columns, flips = read_positions(images)
+    assert np.array_equal(np.column_stack([rows, columns, flips]), draws[order, :3])
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_device_batches_from_the_middle_of_an_epoch_are_equal(start):
+    split = synthetic_cifar10(70, 10)[0]
+    whole, rest = device_loader(split, 32), device_loader(split, 32)
+    whole.set_epoch(4)
+    rest.set_epoch(4, start)
+    assert same(batches(whole)[start:], batches(rest))
+
+
+def test_device_batches_differ_by_epoch_and_seed():
+    split = synthetic_cifar10(70, 10)[0]
+    loader = device_loader(split, 32)
+    first = batches(loader)
+    assert same(first, batches(loader)) and not same(first, batches(device_loader(split, 32, seed=1)))
+    loader.set_epoch(1)
+    assert not same(first, batches(loader))
+
+
+def test_device_batches_for_testing_keep_order_and_images():
+    split = synthetic_cifar10(10, 70)[1]
+    result = batches(DeviceLoader(split, 32, None, 0, torch.device("cpu")))
+    images, labels = (torch.cat(part) for part in zip(*result, strict=True))
+    assert np.array_equal(images, split.images) and np.array_equal(labels, split.labels) and len(result) == 3
+
+
+def test_a_run_with_device_batches_learns_and_resumes_bitwise(monkeypatch, tmp_path):
+    splits = synthetic_cifar10(300, 100)
+
+    def on_device(split, batch_size, train=True, seed=0, num_workers=None, transform=None, device=None):
+        augmentation = as_batch_augmentation(transform) if train else None
+        return DeviceLoader(split, batch_size, augmentation, seed, device)
+
+    monkeypatch.setattr(training, "make_loader", on_device)
+    monkeypatch.setattr(training, "REFRESH_SECONDS", 0)
+    config, results = Config(epochs=5, batch_size=20, cutout=8), []
+    step, steps = training.train_step, []
+
+    def interrupted(*arguments):
+        steps.append(0)
+        if len(steps) == 22:  # in the middle of the second of five epochs of 15 steps
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    for folder, calls in (("unbroken", [step]), ("broken", [interrupted, step])):
+        for call in calls:
+            monkeypatch.setattr(training, "train_step", call)
+            model = small_network()
+            history = training.fit(model, *splits, config, "cpu", tmp_path / folder, checkpoint_seconds=0)
+        results.append((model, [history[name] for name in ("train_loss", "test_loss", "test_accuracy")]))
+    (unbroken, expected), (resumed, history) = results
+    assert same_weights(unbroken, resumed) and history == expected and len(steps) == 22
+    assert expected[2][-1] > 40
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """As on a machine with a GPU, whose loaders note how they are made."""
+    made = []
+
+    class Noted:
+        def __init__(self, split, batch_size, augmentation, seed, device):
+            made.append((augmentation, device.type))
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(loaders, "DeviceLoader", Noted)
+    return made
+
+
+def test_the_list_decides_where_a_gpus_batches_are_augmented(with_cuda):
+    split = synthetic_cifar10(20, 10)[0]
+    make_loader(split, 10, device="cuda")
+    make_loader(split, 10, device="cuda", train=False)
+    assert with_cuda == [(as_batch_augmentation(train_transforms()), "cuda"), (None, "cuda")]
+    edited = A.Compose([A.RandomCrop(32, 32), A.VerticalFlip()])
+    for options in ({"transform": edited}, {"transform": edited, "train": False}):
+        assert make_loader(split, 10, device="cuda", num_workers=0, **options).augmentation == "albumentations"
+    assert make_loader(split, 10, device="cpu").augmentation == "albumentations" and len(with_cuda) == 2
+
+
+def test_too_little_gpu_memory_falls_back_and_says_so(with_cuda, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("tried to allocate 229.00 MiB")
+
+    monkeypatch.setattr(loaders, "DeviceLoader", full)
+    loader = make_loader(synthetic_cifar10(20, 10)[0], 10, device="cuda", num_workers=0)
+    assert loader.augmentation == "albumentations"
+    assert "do not fit in the memory of cuda (tried to allocate 229.00 MiB)" in capsys.readouterr().out
 
 
 # -- Windows and macOS, as far as Linux can show: spawned workers, and paths with blanks and umlauts -----------------
