@@ -108,8 +108,9 @@ def time_alternately(functions, rounds, device, warm_up=True):
 
 
 def ratio(times, numerator, denominator):
-    """Return the median over the rounds of the ratio of two times."""
-    return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
+    """Return the ratio of two times over the rounds, as (range, median): its extremes as text, and a number."""
+    ratios = [a / b for a, b in zip(times[numerator], times[denominator], strict=True)]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}", statistics.median(ratios)
 
 
 def report(name, options, split, columns, rows, **notes):

@@ -1,7 +1,8 @@
 """Time of a training epoch, compared with computing alone: `python benchmarks/epoch.py`.
 
-The limit is the same number of steps, of the same sizes, on one batch that stays on the device. Also measures how an
-epoch scales with the number of images and of loader processes, and the peak memory of a training process.
+The limit is the same number of steps, of the same sizes, on one batch that stays on the device. An epoch is timed with
+albumentations and with the batched augmentation on the device. Also measures the peak memory of a training process;
+--images and --workers take several numbers.
 """
 
 import contextlib
@@ -15,22 +16,29 @@ import torch
 from common import load_splits, load_training_split, make_parser, ratio, report, subset, time_alternately
 
 from model_AC import AdvancedCNN
+from session8.augment import as_batch_augmentation, train_transforms
 from session8.config import Config
-from session8.device import backend_flags, memory_format
-from session8.loaders import make_loader
+from session8.device import arithmetic, backend_flags, memory_format
+from session8.loaders import DeviceLoader, make_loader
 from session8.training import fit, make_optimizer, make_scaler, train, train_step
 
 
 def make_functions(split, config, device, workers):
-    """Return functions to time, by name: the limit, and an epoch of `train` for each number of workers.
+    """Return functions to time, by name: the limit, and an epoch of `train` for each way of loading.
 
-    The workers are started and the kernels of each batch size are selected.
+    These are albumentations with each number of workers, and the batched augmentation on the device. The workers are
+    started and the kernels of each batch size are selected.
     """
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=memory_format(device))
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
-    loaders = {n: make_loader(split, config.batch_size, num_workers=n, device=device) for n in workers}
-    images, labels = next(iter(make_loader(split, config.batch_size, num_workers=0, device=device)))
+    loaders = {
+        "ours" if n == 0 else f"ours, {n} workers": make_loader(split, config.batch_size, num_workers=n, device="cpu")
+        for n in workers
+    }
+    augmentation = as_batch_augmentation(train_transforms(config.cutout))
+    loaders["ours (device)"] = DeviceLoader(split, config.batch_size, augmentation, config.seed, device)
+    images, labels = next(iter(loaders["ours (device)"]))
     images, labels = images.to(device), labels.to(device)
     sizes = [len(batch) for batch in torch.arange(len(split)).split(config.batch_size)]
 
@@ -50,7 +58,7 @@ def make_functions(split, config, device, workers):
     for loader in loaders.values():
         next(iter(loader))
     limit([*set(sizes)] * 5)
-    return {"limit": limit, **{f"{n} workers": epoch(loader) for n, loader in loaders.items()}}
+    return {"limit": limit, **{name: epoch(loader) for name, loader in loaders.items()}}
 
 
 def peak_memory(options):
@@ -82,8 +90,7 @@ def train_and_print_memory(options):
 
 
 def main():
-    sizes = {"images": [12_500, 25_000, 50_000], "workers": [0, 1, 2]}
-    parser = make_parser(__doc__.splitlines()[0], rounds=2, batch_size=128, **sizes)
+    parser = make_parser(__doc__.splitlines()[0], rounds=5, batch_size=128, images=[50_000], workers=[0])
     parser.add_argument("--only-memory", action="store_true", help="train one epoch and print the peak memory")
     options = parser.parse_args()
     if options.only_memory:
@@ -96,9 +103,10 @@ def main():
     for n in options.images:
         functions = make_functions(subset(split, n), config, options.device, options.workers)
         times = time_alternately(functions, options.rounds, options.device, warm_up=False)
-        rows += [[f"{n:,}", name, statistics.median(times[name]), ratio(times, name, "limit")] for name in times]
+        rows += [[f"{n:,}", name, statistics.median(times[name]), *ratio(times, name, "limit")] for name in times]
     notes = {"peak resident set (GB)": memory, "peak GPU memory (GB)": gpu_memory}
-    columns = ["images", "epoch", "seconds", "time / limit"]
+    notes["arithmetic"] = arithmetic(config.precision, options.device)
+    columns = ["images", "epoch", "seconds", "range", "time / limit"]
     report("epoch", options, split, columns, rows, **{key: value for key, value in notes.items() if value})
 
 

@@ -1,13 +1,13 @@
 """Images per second of several input pipelines: `python benchmarks/input_pipeline.py`.
 
-Compares ours, the usual notebook pipeline, torchvision's transforms, and indexing of whole batches as the limit. All
-end in normalised float batches on the training device; see pipelines.py.
+Compares ours with albumentations, ours on the device, the usual notebook pipeline, torchvision's v2 transforms on
+tensors, and indexing of whole batches as the limit. All end in normalised float batches on the device (pipelines.py).
 """
 
 import statistics
 
 from common import load_training_split, make_parser, ratio, report, subset, time_alternately
-from pipelines import PIPELINES
+from pipelines import PIPELINES, WITHOUT_WORKERS
 
 
 def measure(pipelines, split, batch_size, num_workers, rounds, device):
@@ -29,12 +29,12 @@ def main():
     split = subset(load_training_split(options, options.images), options.images)
     rows = []
     for num_workers in (0, 2):
-        pipelines = {name: make for name, make in PIPELINES.items() if num_workers == 0 or name != "limit"}
+        pipelines = {name: make for name, make in PIPELINES.items() if num_workers == 0 or name not in WITHOUT_WORKERS}
         times = measure(pipelines, split, options.batch_size, num_workers, options.rounds, options.device)
         for name in pipelines:
             speed = len(split) / statistics.median(times[name])
-            rows.append([name, str(num_workers), f"{speed:,.0f}", ratio(times, name, "ours")])
-    report("input_pipeline", options, split, ["pipeline", "workers", "images/s", "time / ours"], rows)
+            rows.append([name, str(num_workers), f"{speed:,.0f}", *ratio(times, name, "ours")])
+    report("input_pipeline", options, split, ["pipeline", "workers", "images/s", "range", "time / ours"], rows)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,37 @@ import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
 
-from session8.augment import PADDING, normalize, pad
+from session8.augment import PADDING, as_batch_augmentation, normalize, pad, train_transforms
 from session8.data import MEAN, STD
-from session8.loaders import make_loader
+from session8.loaders import DeviceLoader, make_loader
 
 
 class Ours:
-    """This project's loader: uint8 batches, normalised on the device."""
+    """This project's loader with albumentations: uint8 batches, normalised on the device."""
 
     def __init__(self, split, batch_size, num_workers, device):
-        self.loader = make_loader(split, batch_size, num_workers=num_workers, device=device)
         self.device, self.epoch = device, 0
+        self.loader = self.make_loader(split, batch_size, num_workers, device)
+
+    def make_loader(self, split, batch_size, num_workers, device):
+        # For the CPU, where the loader uses albumentations, also if the batches then go to a GPU.
+        return make_loader(split, batch_size, num_workers=num_workers, device="cpu")
 
     def __iter__(self):
         self.loader.set_epoch(self.epoch)
         self.epoch += 1
         for images, labels in self.loader:
             yield normalize(images, self.device), labels.to(self.device, non_blocking=labels.is_pinned())
+
+
+class OursOnDevice(Ours):
+    """This project's loader on the device, with the same augmentation in one gather per batch."""
+
+    def make_loader(self, split, batch_size, num_workers, device):
+        return DeviceLoader(split, batch_size, as_batch_augmentation(train_transforms()), 0, device)
 
 
 class _InMemory(CIFAR10):
@@ -41,15 +52,26 @@ class _InMemory(CIFAR10):
         self.transform, self.target_transform = transform, None
 
 
+class _InMemoryTensors(_InMemory):
+    """The same as tensors, without PIL images."""
+
+    def __init__(self, split, transform):
+        super().__init__(split, transform)
+        self.data = torch.from_numpy(split.images).permute(0, 3, 1, 2)
+
+    def __getitem__(self, index):
+        return self.transform(self.data[index]), self.targets[index]
+
+
 class _PerItem:
     """torchvision's dataset with PyTorch's default collation."""
 
-    transform = None
+    dataset, transform = _InMemory, None
 
     def __init__(self, split, batch_size, num_workers, device):
         self.device = device
         self.loader = DataLoader(
-            _InMemory(split, self.transform),
+            self.dataset(split, self.transform),
             batch_size,
             shuffle=True,
             num_workers=num_workers,
@@ -84,17 +106,19 @@ class Usual(_PerItem):
     transform = _Albumentations()
 
 
-class Torchvision(_PerItem):
-    """torchvision's transforms on PIL images, per item."""
+class TorchvisionV2(_PerItem):
+    """torchvision's v2 transforms on uint8 tensors, per item."""
 
-    transform = transforms.Compose(
+    transform = v2.Compose(
         [
-            transforms.RandomCrop(32, padding=PADDING),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            v2.RandomCrop(32, padding=PADDING),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
         ]
     )
+
+    dataset = _InMemoryTensors
 
 
 class Limit:
@@ -111,8 +135,16 @@ class Limit:
         for index in torch.randperm(len(self.labels), **on).split(self.batch_size):
             top, left = torch.randint(2 * PADDING + 1, (2, len(index), 1), **on)
             columns = torch.where(torch.rand(len(index), 1, **on) < 0.5, ahead, 31 - ahead) + left
-            images = self.images[index[:, None, None], (ahead + top)[:, :, None], columns[:, None, :]]
+            rows = (index[:, None] * self.images.shape[1] + top + ahead) * self.images.shape[2]
+            images = self.images.view(-1, 3)[rows[:, :, None] + columns[:, None, :]]
             yield normalize(images, self.device), self.labels[index]
 
 
-PIPELINES = {"ours": Ours, "usual": Usual, "torchvision": Torchvision, "limit": Limit}
+PIPELINES = {
+    "ours": Ours,
+    "ours (device)": OursOnDevice,
+    "usual": Usual,
+    "torchvision v2": TorchvisionV2,
+    "limit": Limit,
+}
+WITHOUT_WORKERS = ("ours (device)", "limit")

@@ -2,7 +2,7 @@
 
 Both train the same network on the same uint8 batch. The plain loop normalises on the CPU to float32 NCHW, computes in
 float32 and reads loss and accuracy after every step. Ours normalises on the device to channels_last and reads them
-when the progress bar is refreshed; it is timed in float32 and, where it differs, with precision="auto".
+when the progress bar is refreshed; it is timed with precision="float32" and "auto".
 """
 
 import statistics
@@ -14,7 +14,7 @@ from common import load_training_split, make_parser, ratio, report, subset, time
 from model_AC import AdvancedCNN
 from session8.config import Config
 from session8.data import MEAN, STD
-from session8.device import amp_dtype, backend_flags, memory_format
+from session8.device import arithmetic, backend_flags, memory_format
 from session8.training import make_optimizer, make_scaler, train_step
 
 
@@ -61,15 +61,15 @@ def main():
     loops = {
         "plain loop": plain_loop(*arguments)[0],
         "ours, float32": our_loop(*arguments, Config(precision="float32"))[0],
+        "ours, auto": our_loop(*arguments, Config())[0],
     }
-    if amp_dtype("auto", options.device):
-        loops["ours, auto"] = our_loop(*arguments, Config())[0]
     times = time_alternately(loops, options.rounds, options.device)
     rows = [
-        [name, 1000 * statistics.median(times[name]) / options.steps, ratio(times, "plain loop", name)]
+        [name, 1000 * statistics.median(times[name]) / options.steps, *ratio(times, "plain loop", name)]
         for name in loops
     ]
-    report("train_step", options, batch, ["loop", "ms per step", "plain loop / this"], rows)
+    columns = ["loop", "ms per step", "range", "plain loop / this"]
+    report("train_step", options, batch, columns, rows, auto=arithmetic("auto", options.device))
 
 
 if __name__ == "__main__":

@@ -107,9 +107,10 @@ def test_the_reported_time_is_of_one_step(monkeypatch, synthetic):
     monkeypatch.setattr(
         train_step, "time_alternately", lambda sides, rounds, device: {name: times[name] for name in sides}
     )
-    monkeypatch.setattr(train_step, "report", lambda *arguments: reported.extend(arguments[-1]))
+    monkeypatch.setattr(train_step, "report", lambda *arguments, **_: reported.extend(arguments[-1]))
     train_step.main()
-    assert reported[:2] == [["plain loop", 400.0, 1.0], ["ours, float32", 200.0, 2.0]]
+    assert reported[:2] == [["plain loop", 400.0, "1.00 to 1.00", 1.0], ["ours, float32", 200.0, "2.00 to 4.00", 2.0]]
+    assert reported[-1][0] == "ours, auto"
 
 
 # -- epoch.py ------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_the_limit_takes_the_same_steps_as_an_epoch(synthetic, monkeypatch, caps
         sizes.clear()
         work()
         taken[name] = list(sizes)
-    assert taken == {"limit": [32, 32, 32, 4], "0 workers": [32, 32, 32, 4]}
+    assert taken == {name: [32, 32, 32, 4] for name in ("limit", "ours", "ours (device)")}
     assert capsys.readouterr().out == ""
 
 
@@ -152,7 +153,7 @@ def test_functions_are_timed_alternately():
 
 
 def test_ratio_is_the_median_over_the_rounds():
-    assert common.ratio({"A": [2.0, 9.0, 4.0], "B": [1.0, 1.0, 1.0]}, "A", "B") == 4.0
+    assert common.ratio({"A": [2.0, 9.0, 4.0], "B": [1.0, 1.0, 1.0]}, "A", "B") == ("2.00 to 9.00", 4.0)
 
 
 def test_the_clock_waits_for_the_device(monkeypatch):
@@ -186,9 +187,9 @@ def run_command(command, *options):
 @pytest.mark.parametrize(
     "command, options, rows",
     [
-        ("input_pipeline", ["--images", 40], ["ours", "usual", "torchvision", "limit"]),
-        ("train_step", ["--steps", 1], ["plain loop", "ours, float32"]),
-        ("epoch", ["--images", 40], ["limit", "0 workers", "1 workers", "2 workers"]),
+        ("input_pipeline", ["--images", 40], ["ours", "ours (device)", "usual", "torchvision v2", "limit"]),
+        ("train_step", ["--steps", 1], ["plain loop", "ours, float32", "ours, auto"]),
+        ("epoch", ["--images", 40], ["limit", "ours", "ours (device)"]),
     ],
 )
 def test_commands_run_on_a_folder_of_images(command, options, rows, tmp_path):
@@ -197,7 +198,7 @@ def test_commands_run_on_a_folder_of_images(command, options, rows, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{command} on " in done.stdout and all(row in done.stdout for row in rows)
     if command == "epoch":
-        assert re.search(r"limit +[\d.]+ +1\.00$", done.stdout, re.MULTILINE)
+        assert re.search(r"limit +[\d.]+ +1\.00 to 1\.00 +1\.00$", done.stdout, re.MULTILINE)
         assert 0.1 < float(re.search(r"peak resident set \(GB\): ([\d.]+)", done.stdout)[1]) < 4
 
 
