@@ -1,4 +1,4 @@
-"""Augmentation with albumentations, the same for whole batches on the device, and normalisation."""
+"""Augmentation per image (albumentations) or per batch (on the device), and normalisation."""
 
 import os
 import random
@@ -97,8 +97,8 @@ class BatchAugmentation:
     def draw(self, n, seed, epoch):
         """Draw the augmentation of n images for an epoch, as a function of (seed, epoch): uint8 (n, 5).
 
-        The columns are the row and column of the crop, whether to flip, and the row and column of the hole; a row of 32
-        is outside the image, for no hole.
+        The columns are the row and column of the crop, whether to flip, and the row and column of the hole. If there is
+        no hole, its row is 32, outside the image.
         """
         rng = np.random.default_rng((seed, epoch, 1))  # the order of the images is drawn from (seed, epoch)
         draws = np.empty((n, 5), np.uint8)
@@ -119,11 +119,11 @@ class BatchAugmentation:
         columns = left + torch.where(flip > 0, 31 - ahead, ahead)
         size = images.shape[1]
         rows = (indices[:, None] * size + top + ahead) * size
-        batch = images.view(-1, 3)[rows[:, :, None] + columns[:, None, :]]
+        batch = images.view(-1, 3)[rows[:, :, None] + columns[:, None, :]]  # (image * size + row) * size + column
         if self.hole:
-            rows, columns = ((ahead >= start) & (ahead < start + self.hole) for start in (hole_top, hole_left))
-            fill = _on_device(self.fill, images.device)
-            batch = torch.where((rows[:, :, None] & columns[:, None, :])[..., None], fill, batch)
+            in_rows, in_columns = ((ahead >= start) & (ahead < start + self.hole) for start in (hole_top, hole_left))
+            inside = (in_rows[:, :, None] & in_columns[:, None, :])[..., None]
+            batch = torch.where(inside, _on_device(self.fill, images.device), batch)
         return batch
 
 
@@ -133,9 +133,9 @@ def _on_device(values, device):
 
 
 def as_batch_augmentation(transform):
-    """Return the BatchAugmentation that equals an albumentations transform, or None if there is none.
+    """Return the BatchAugmentation with the same distribution as an albumentations transform, or None.
 
-    There is one for A.Compose of A.RandomCrop(32, 32), then A.HorizontalFlip, then A.CoarseDropout of one square of
+    Supported: A.Compose of A.RandomCrop(32, 32), then A.HorizontalFlip, then A.CoarseDropout of one square of
     fixed size and colour; the last two are optional.
     """
     if type(transform) is not A.Compose or transform.p != 1 or transform.processors:

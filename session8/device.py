@@ -44,7 +44,7 @@ def amp_dtype(precision, device):
 
 
 def computes_in_bfloat16(device):
-    """Return whether the hardware has instructions for bfloat16; on others it is emulated, slower than float32."""
+    """Return whether PyTorch reports instructions for bfloat16, without which it is slower than float32."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -63,8 +63,8 @@ class _Loader(DataLoader):
 class DeviceLoader:
     """The batches of a split that stays on the device: padded, uint8, augmented in one gather per batch.
 
-    The interface is that of `make_loader`'s DataLoader, and so is the order of the images. augmentation: a
-    BatchAugmentation, or None to keep order and images.
+    It supports iteration, `len`, `set_epoch`, `dataset` and `augmentation`. The order of the images matches that of the
+    DataLoader. augmentation: a BatchAugmentation, or None to keep order and images.
     """
 
     def __init__(self, split, batch_size, augmentation, seed, device):
@@ -93,7 +93,7 @@ class DeviceLoader:
             plan = np.column_stack([order, draws[order]])
         plan = torch.from_numpy(plan)  # one copy per epoch, which does not wait if the memory is pinned
         plan = plan.pin_memory() if self.device.type == "cuda" else plan
-        for batch in plan.to(self.device, non_blocking=True).split([len(indices) for indices in batches]):
+        for batch in plan.to(self.device, non_blocking=plan.is_pinned()).split([len(indices) for indices in batches]):
             indices, draws = batch[:, 0], batch[:, 1:]
             images = (
                 self.images[indices] if self.transform is None else self.transform.apply(self.images, indices, draws)
@@ -110,14 +110,15 @@ def make_loader(
 ):
     """Return the loader of a split. It yields (images uint8 (B, 32, 32, 3), labels int64 (B,)).
 
-    On CUDA, with a transform that `as_batch_augmentation` recognises, it is a `DeviceLoader`; otherwise a DataLoader
-    with albumentations. Its attribute `augmentation` says which. The last batch may be smaller. The batches depend on
-    `seed` and on the epoch passed to the loader's `set_epoch(n)`, not on `num_workers`.
+    On CUDA, with a transform that `as_batch_augmentation` supports, or an empty one for testing, it is a `DeviceLoader`
+    if the images fit; otherwise a DataLoader with albumentations. Its attribute `augmentation` says which. The last
+    batch may be smaller. The batches of each kind depend on `seed` and on the epoch passed to the loader's
+    `set_epoch(n)`, not on `num_workers`, which a DeviceLoader does not use.
 
     train: pad each image by 4 pixels, shuffle and augment; otherwise keep order and images. num_workers: worker
     processes; by default up to 4 for training on CUDA and 0 otherwise, since on a CPU training needs the cores.
     transform: an albumentations transform; by default `train_transforms()` or `test_transforms()`. device: what the
-    batches are for, as in `get_device`. padding: of training images, "zeros". flip: "random".
+    batches are for, as in `get_device`. padding: of training images, "zeros" so far. flip: "random" so far.
 
     Raises ValueError for a batch size below 1, a negative number of workers, an unknown padding or flip, or a device
     that is not available; TypeError for a transform of another library; and, on iteration, ValueError if the transform
@@ -137,8 +138,10 @@ def make_loader(
         transform = train_transforms() if train else test_transforms()
     if not isinstance(transform, A.BaseCompose | A.BasicTransform):
         raise TypeError(f"transform is {transform!r}; expected an albumentations transform, such as A.Compose([...])")
-    if device.type == "cuda" and (loader := _make_device_loader(split, batch_size, train, seed, transform, device)):
-        return loader
+    if device.type == "cuda":
+        loader = _make_device_loader(split, batch_size, train, seed, transform, device)
+        if loader is not None:
+            return loader
     return _Loader(
         _AugmentedSplit(split, transform, train),
         sampler=_BatchSampler(len(split), batch_size, train, seed),
@@ -152,12 +155,12 @@ def make_loader(
 
 
 def _make_device_loader(split, batch_size, train, seed, transform, device):
-    """Return the DeviceLoader that equals a transform, or None if there is none or the device's memory is too small."""
+    """Return a DeviceLoader for a transform, or None if it is not supported or the device's memory is too small."""
     augmentation = as_batch_augmentation(transform) if train else None
     if (train and augmentation is None) or (not train and getattr(transform, "transforms", None) != []):
         return None
     try:
         return DeviceLoader(split, batch_size, augmentation, seed, device)
     except torch.cuda.OutOfMemoryError as error:
-        print(f"The images do not fit in the memory of {device} ({error}): they are augmented on the CPU.", flush=True)
+        print(f"The images do not fit in the memory of {device} ({error}): they stay on the CPU.", flush=True)
         return None

@@ -1,6 +1,6 @@
 """Training and testing: one step, one epoch, and `fit`, which runs a recipe from start to end and resumes it.
 
-The path of an image: uint8 in the split, augmented on the CPU, a uint8 batch on the device, normalised there, CNN,
+The path of an image: uint8 in the split, an augmented uint8 batch on the device, normalised there, CNN,
 log-probabilities, negative log-likelihood (NLL), SGD.
 """
 
@@ -207,7 +207,9 @@ class Trainer:
     def __init__(self, model, train_split, test_split, config, device, num_workers=None):
         self.config, self.device = config, get_device(device)
         if config.precision == "bfloat16" and not computes_in_bfloat16(self.device):
-            warnings.warn(f"{self.device.type} emulates bfloat16 here: precision='auto' is faster", stacklevel=3)
+            warnings.warn(
+                f"{self.device.type} has no bfloat16 instructions: precision='auto' may be faster", stacklevel=3
+            )
         self.model = model.to(self.device, memory_format=memory_format(self.device))
         batch_size, transform = config.batch_size_on(self.device), train_transforms(config.cutout)
         self.train_loader = make_loader(
@@ -250,10 +252,14 @@ class Trainer:
         self.epoch, self.progress = state["epoch"], Progress(**state["progress"])
         self.history = deepcopy(state["history"])
 
+    def environment(self):
+        """Return `records.environment`, with the kind of augmentation."""
+        part = environment(self.model, self.config, self.device)
+        return {**part, "augmentation": self.train_loader.augmentation}
+
     def begin_part(self):
         """Note in the history where, and with which versions and code, training continues from here."""
-        part = environment(self.model, self.config, self.device)
-        self.history["parts"].append({"epochs": [self.epochs_done] * 2, **part})
+        self.history["parts"].append({"epochs": [self.epochs_done] * 2, **self.environment()})
         self.snapshot = deepcopy(self.state_dict())
 
     def train_epoch(self, on_refresh=None):
@@ -386,9 +392,9 @@ def fit(
 
 def _resume_message(trainer, folder, saved):
     def facts(part):
-        return {**part["versions"], **part["sources"], "device": part["device"], "arithmetic": part["arithmetic"]}
+        return {**part["versions"], **part["sources"], **{n: part[n] for n in ("device", "arithmetic", "augmentation")}}
 
-    now = facts(environment(trainer.model, trainer.config, trainer.device))
+    now = facts(trainer.environment())
     then = [item for part in trainer.history["parts"] for item in facts(part).items()]
     changed = ", ".join(sorted({name for name, value in then if now.get(name) != value}))
     epochs = trainer.config.epochs

@@ -222,6 +222,7 @@ class OwnFlip(A.HorizontalFlip):
     "transform",
     [
         A.Compose([]), CROP, A.Compose([FLIP]), A.Compose([FLIP, CROP]), A.Compose([CROP, FLIP, A.VerticalFlip()]),
+        A.Compose([CROP], bbox_params=A.BboxParams("yolo", label_fields=[])),
         A.Compose([CROP, FLIP], p=0.5), A.Compose([CROP, OwnFlip()]), A.Compose([A.RandomCrop(32, 32, p=0.5), FLIP]),
         A.Compose([A.RandomCrop(32, 32, pad_if_needed=True)]), A.Compose([A.RandomCrop(28, 28)]),
         A.Compose([A.CenterCrop(32, 32), FLIP]), A.Compose([CROP, FLIP, FLIP]), A.Sequential([CROP, FLIP], p=1.0),

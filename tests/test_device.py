@@ -46,9 +46,10 @@ def test_the_dtype_of_autocast_follows_the_hardware(monkeypatch):
     assert amp_dtype("auto", CPU) is amp_dtype("auto", "mps") is None
 
 
-def test_a_named_precision_is_used_on_any_hardware():
+def test_a_named_precision_is_used_on_any_hardware(monkeypatch):
     assert amp_dtype("float32", CPU) is amp_dtype("float32", "cuda") is None
     assert amp_dtype("bfloat16", CPU) is amp_dtype("bfloat16", "cuda") is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert amp_dtype("float16", "cuda") is torch.float16
 
 
@@ -59,14 +60,16 @@ def test_bad_input_float16_without_cuda(device):
 
 
 def test_bad_input_float16_is_refused_before_training(synthetic):
+    model = AsksForFlags()
     with pytest.raises(ValueError, match="precision is 'float16', which needs CUDA"):
-        fit(Linear(), *synthetic, Config(epochs=1, precision="float16"), "cpu")
+        fit(model, *synthetic, Config(epochs=1, precision="float16"), "cpu")
+    assert not hasattr(model, "flags")  # no forward pass
 
 
 def test_bfloat16_without_hardware_runs_with_a_warning(synthetic, monkeypatch, capsys):
     config = Config(epochs=1, precision="bfloat16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    with pytest.warns(UserWarning, match="cpu emulates bfloat16 here: precision='auto' is faster"):
+    with pytest.warns(UserWarning, match="cpu has no bfloat16 instructions: precision='auto' may be faster"):
         fit(Linear(), *synthetic, config, "cpu")
     assert "bfloat16 on cpu" in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})

@@ -19,7 +19,7 @@ from networks import same_weights, small_network
 from session8 import loaders, training
 from session8.augment import as_batch_augmentation, train_transforms
 from session8.config import Config
-from session8.data import synthetic_cifar10
+from session8.data import Split, synthetic_cifar10
 from session8.loaders import DeviceLoader, make_loader
 
 
@@ -164,8 +164,9 @@ def device_loader(split, batch_size, seed=0, transform=None):
 
 
 def test_device_batches_have_the_order_labels_and_sizes_of_the_albumentations_loader():
-    split = synthetic_cifar10(70, 10)[0]
-    ours, other = device_loader(split, 32, seed=5), make_loader(split, 32, seed=5)
+    values = np.arange(70, dtype=np.uint8)  # image k has the value k, and the label k // 7
+    split = Split(np.broadcast_to(values[:, None, None, None], (70, 32, 32, 3)).copy(), np.arange(70) // 7, "values")
+    ours, other = device_loader(split, 32, seed=5, transform=train_transforms()), make_loader(split, 32, seed=5)
     for epoch in (0, 3):
         ours.set_epoch(epoch)
         other.set_epoch(epoch)
@@ -173,6 +174,7 @@ def test_device_batches_have_the_order_labels_and_sizes_of_the_albumentations_lo
         assert [len(labels) for (_, labels), _ in pairs] == [32, 32, 6] and len(ours) == 3 and len(ours.dataset) == 70
         assert all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
         assert all(images.shape[1:] == (32, 32, 3) and images.dtype == torch.uint8 for (images, _), _ in pairs)
+        assert all(torch.equal(images[:, 16, 16, 0] // 7, labels) for (images, labels), _ in pairs)  # never padding
 
 
 def test_device_batches_are_the_draws_of_their_images():
@@ -186,7 +188,7 @@ def test_device_batches_are_the_draws_of_their_images():
     assert np.array_equal(np.column_stack([rows, columns, flips]), draws[order, :3])
 
 
-@pytest.mark.parametrize("start", [1, 2, 3])
+@pytest.mark.parametrize("start", [1, 2])
 def test_device_batches_from_the_middle_of_an_epoch_are_equal(start):
     split = synthetic_cifar10(70, 10)[0]
     whole, rest = device_loader(split, 32), device_loader(split, 32)
@@ -257,8 +259,8 @@ def with_cuda(monkeypatch):
 
 def test_the_list_decides_where_a_gpus_batches_are_augmented(with_cuda):
     split = synthetic_cifar10(20, 10)[0]
-    make_loader(split, 10, device="cuda")
-    make_loader(split, 10, device="cuda", train=False)
+    assert type(make_loader(split, 10, device="cuda")) is loaders.DeviceLoader
+    assert type(make_loader(split, 10, device="cuda", train=False)) is loaders.DeviceLoader
     assert with_cuda == [(as_batch_augmentation(train_transforms()), "cuda"), (None, "cuda")]
     edited = A.Compose([A.RandomCrop(32, 32), A.VerticalFlip()])
     for options in ({"transform": edited}, {"transform": edited, "train": False}):

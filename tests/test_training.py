@@ -196,6 +196,7 @@ def test_log_lines_have_the_seed_projects_format(synthetic, capsys):
     history = fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
     header, log = capsys.readouterr().out.split("\n\n", 1)
     assert "synthetic stand-in, NOT CIFAR-10" in header and "300 images" in header
+    assert header.endswith("on cpu, augmentation albumentations")
     assert LOG.fullmatch(log), repr(log)
     assert f"({history['test_accuracy'][-1]:.2f}%)" in log and f"Accuracy={history['train_accuracy'][0]:.2f}" in log
 
