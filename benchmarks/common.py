@@ -108,7 +108,7 @@ def time_alternately(functions, rounds, device, warm_up=True):
 
 
 def ratio(times, numerator, denominator):
-    """Return the ratio of two times over the rounds, as (range, median): its extremes as text, and a number."""
+    """Compute the ratio of two times in each round. Returns ("min to max", median)."""
     ratios = [a / b for a, b in zip(times[numerator], times[denominator], strict=True)]
     return f"{min(ratios):.2f} to {max(ratios):.2f}", statistics.median(ratios)
 

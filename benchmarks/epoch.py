@@ -26,8 +26,8 @@ from session8.training import fit, make_optimizer, make_scaler, train, train_ste
 def make_functions(split, config, device, workers):
     """Return functions to time, by name: the limit, and an epoch of `train` for each way of loading.
 
-    These are albumentations with each number of workers, and the batched augmentation on the device. The workers are
-    started and the kernels of each batch size are selected.
+    The loaders are albumentations with each number of workers, and DeviceLoader. The workers are started, and the
+    kernels of each batch size are selected.
     """
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=memory_format(device))
