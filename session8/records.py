@@ -81,6 +81,16 @@ def source_hashes(model):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
+def changes(parts, now):
+    """Return the names of versions, source files and settings in which any part of a run differs from `now`."""
+
+    def facts(part):
+        return {**part["versions"], **part["sources"], **{n: part[n] for n in ("device", "arithmetic", "augmentation")}}
+
+    then = [item for part in parts for item in facts(part).items()]
+    return sorted({name for name, value in then if facts(now).get(name) != value})
+
+
 @cache
 def package_versions():
     """Return the versions of Python and of the packages that shape the result: {name: version}."""
@@ -99,6 +109,19 @@ def project_commit():
 
 
 # -- the record ----------------------------------------------------------------------------------------------------
+
+
+def print_history(history, n_test):
+    """Print the result of each epoch in a history."""
+    for epoch, seconds in enumerate(history["seconds"]):
+        loss, accuracy = history["train_loss"][epoch], history["train_accuracy"][epoch]
+        print(f"Epoch {epoch + 1}\nTrain set: Average loss: {loss:.4f}, Accuracy: {accuracy:.2f}%, {seconds:.0f} s")
+        print(test_line(history["test_loss"][epoch], history["test_accuracy"][epoch], n_test), flush=True)
+
+
+def test_line(loss, accuracy, n):
+    """Return the log's line for a test with n images."""
+    return f"Test set: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
 
 
 def count_parameters(model):

@@ -29,7 +29,7 @@ from session8.device import (
     memory_format,
 )
 from session8.loaders import make_loader
-from session8.records import environment, run_identity, short_hash, utc_now
+from session8.records import changes, environment, print_history, run_identity, short_hash, test_line, utc_now
 
 REFRESH_SECONDS = 0.5  # interval at which the progress bar is refreshed and the device is read
 TEST_BATCH_SIZE = 500
@@ -178,12 +178,8 @@ def test(model, loader, config, device):
         correct += (log_probs.argmax(1) == labels).sum()
     n = len(loader.dataset)
     loss, accuracy = loss_sum.item() / n, 100 * correct.item() / n
-    print(_test_line(loss, accuracy, n), flush=True)
+    print(test_line(loss, accuracy, n), flush=True)
     return loss, accuracy
-
-
-def _test_line(loss, accuracy, n):
-    return f"Test set: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
 
 
 def collect_logits(model, split, config=None, device=None):
@@ -298,14 +294,6 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             raise TrainingDiverged("a weight became NaN or infinite", self.epoch, self.progress.batches - 1, lr)
 
-    def print_log(self):
-        """Print the result of each epoch that is done, from the history."""
-        n, history = len(self.test_loader.dataset), self.history
-        for epoch, seconds in enumerate(history["seconds"]):
-            loss, accuracy = history["train_loss"][epoch], history["train_accuracy"][epoch]
-            print(f"Epoch {epoch + 1}\nTrain set: Average loss: {loss:.4f}, Accuracy: {accuracy:.2f}%, {seconds:.0f} s")
-            print(_test_line(history["test_loss"][epoch], history["test_accuracy"][epoch], n), flush=True)
-
 
 def run_folder(model, train_split, test_split, config, device=None, base="runs"):
     """Return the folder of a run: `base` and a hash of configuration, network, augmentation, optimizer and data.
@@ -363,7 +351,7 @@ def fit(
         trainer.load_state_dict(state)
         print(_resume_message(trainer, checkpoint_dir, state["saved"]))
     print()
-    trainer.print_log()
+    print_history(trainer.history, len(test_split))
     if trainer.epoch == config.epochs:
         model.eval()
         return trainer.history
@@ -391,16 +379,10 @@ def fit(
 
 
 def _resume_message(trainer, folder, saved):
-    def facts(part):
-        return {**part["versions"], **part["sources"], **{n: part[n] for n in ("device", "arithmetic", "augmentation")}}
-
-    now = facts(trainer.environment())
-    then = [item for part in trainer.history["parts"] for item in facts(part).items()]
-    changed = ", ".join(sorted({name for name, value in then if now.get(name) != value}))
-    epochs = trainer.config.epochs
+    epochs, changed = trainer.config.epochs, changes(trainer.history["parts"], trainer.environment())
     message = f"Resuming from '{folder}', saved {saved}: {trainer.epochs_done:.4g} of {epochs} epochs done."
     if trainer.epoch == epochs:
         message = f"This run is finished, saved {saved} in '{folder}'; its log follows."
     if changed:
-        message += f" Changed since: {changed}. To start over instead, delete the folder."
+        message += f" Changed since: {', '.join(changed)}. To start over instead, delete the folder."
     return message
