@@ -140,7 +140,7 @@ def test_flags_are_restored_after_an_error():
         assert flags() != before
         raise KeyError
     assert flags() == before
-    torch.backends.cudnn.allow_tf32  # noqa: B018  reading it raises an error if the two kinds of flags disagree
+    assert torch.backends.cudnn.allow_tf32  # reading it raises an error if the old and the new flags disagree
 
 
 def test_available_cores_are_those_of_the_process_and_not_of_the_host(monkeypatch):
