@@ -122,7 +122,7 @@ class Checkpoints:
         return self.folder is not None and time.monotonic() - self.written >= self.seconds
 
     def save(self, state):
-        """Save a state, unless a checkpoint as new as it exists. A failure is printed, since training can continue."""
+        """Save a state if it is newer than the newest checkpoint. A failure is printed, and training can continue."""
         if self.folder is None or _position(state) <= self.newest:
             return
         try:

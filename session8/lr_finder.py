@@ -20,8 +20,8 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
 
     The batches are loaded in this process. Model and random states (CPU and CUDA) are unchanged.
 
-    checkpoint_dir: as in `fit`, which may raise CheckpointError; epochs that are done already do not count. Returns 0.0
-    for a finished run.
+    checkpoint_dir: as in `fit`; completed epochs do not count. Returns 0.0 for a finished run. Raises CheckpointError
+    if the folder cannot be used.
     """
     device = get_device(device)
     state = None if checkpoint_dir is None else load_checkpoint(checkpoint_dir)
