@@ -30,7 +30,7 @@ run: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --to html runs/Session_8.ipynb
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 results: $(VENV)/installed
 	$(BIN)/python results/build.py

@@ -1,22 +1,25 @@
 """Train AdvancedCNN from the command line: `python train.py --recipe one_cycle --epochs 5 --data DIR`.
 
-The run goes to runs/, where a repeated command resumes it.
+The run goes to runs/, where a repeated command resumes it. Several processes share the work under torchrun:
+`torchrun --standalone --nproc-per-node=2 train.py --recipe one_cycle`.
 """
 
 import argparse
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import tyro
 
 from model_AC import AdvancedCNN
+from session8 import distributed
 from session8.checkpoint import save_model
 from session8.config import RECIPES, Config
 from session8.data import CLASSES, DatasetUnavailable, load_cifar10
-from session8.device import get_device
 from session8.records import describe_record, write_record
-from session8.training import fit, run_folder
+from session8.training import TrainingDiverged, fit, run_folder
 
 ROOT = Path(__file__).resolve().parent
 
@@ -28,6 +31,8 @@ def read_options(arguments=None, prog="train.py"):
     parser.add_argument("--data", help="folder with CIFAR-10; see `load_cifar10`")
     parser.add_argument("--device", help="cuda, mps or cpu; the first available if omitted")
     parser.add_argument("--publish", action="store_true", help="also write the record to results/")
+    parser.add_argument("--allow-synthetic", action="store_true", help="without CIFAR-10, train on the stand-in")
+    parser.add_argument("--expect-folder", help="exit unless this is the folder of the run")
     options, rest = parser.parse_known_args(arguments)
     recipe = Config.named(options.recipe)
     try:
@@ -36,28 +41,35 @@ def read_options(arguments=None, prog="train.py"):
         parser.error(str(error))
 
 
-def run(make_model, options, config, runs=ROOT / "runs", results=ROOT / "results"):
-    """Train the network that `make_model(config)` returns. Returns its record, or None if training was interrupted.
+def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / "results"):
+    """Train the network that `make_model(config)` returns, and return the record; None on the ranks other than 0.
 
     Weights and record are written to the run's folder; with --publish, the record also to `results`. Exits with a
-    message if the data or the device are not available, or if the record is published already.
+    message, before training, if an option is not possible, and if training is interrupted.
     """
-    try:
-        device = get_device(options.device)
-        splits = load_cifar10(options.data)
-    except (DatasetUnavailable, ValueError) as error:
-        sys.exit(str(error))
-    torch.manual_seed(config.seed)
-    model = make_model(config)
-    published = Path(results) / f"{type(model).__name__}_{options.recipe}_seed{config.seed}_{device.type}.json"
-    if options.publish and published.exists():
-        sys.exit(f"'{published}' exists: choose another seed, or delete it to replace it")
-    free = {name: getattr(config, name) for name in ("epochs", "batch_size", "precision", "seed")}
-    if options.publish and config != Config.named(options.recipe, **free):
-        sys.exit(f"--publish is for the recipe {options.recipe!r} as it is; only {', '.join(free)} may differ")
-    folder = run_folder(model, *splits, config, device, runs)
+    with distributed.raise_together():
+        try:
+            splits = load_cifar10(options.data, options.allow_synthetic)
+        except (DatasetUnavailable, ValueError) as error:
+            sys.exit(str(error))
+        torch.manual_seed(config.seed)
+        model = make_model(config)
+        published = Path(results) / f"{type(model).__name__}_{options.recipe}_seed{config.seed}_{device.type}.json"
+        if options.publish and published.exists():
+            sys.exit(f"'{published}' exists: choose another seed, or delete it to replace it")
+        free = {name: getattr(config, name) for name in ("epochs", "batch_size", "precision", "seed")}
+        if options.publish and config != Config.named(options.recipe, **free):
+            sys.exit(f"--publish is for the recipe {options.recipe!r} as it is; only {', '.join(free)} may differ")
+        folder = run_folder(model, *splits, config, device, runs)
+        if options.expect_folder and Path(options.expect_folder).resolve() != folder.resolve():
+            sys.exit(
+                f"the run's folder is '{folder}', not '{options.expect_folder}': network, data or code differ from "
+                "those of the program that expects it"
+            )
     history = fit(model, *splits, config, device, checkpoint_dir=folder)
     if len(history["seconds"]) < config.epochs:
+        sys.exit("Interrupted: run the same command again to resume.")
+    if distributed.rank() > 0:
         return None
     metrics = {name: values[-1] for name, values in history.items() if name != "parts"}
     save_model(folder / "model.safetensors", model, config, metrics, CLASSES)
@@ -69,10 +81,18 @@ def run(make_model, options, config, runs=ROOT / "runs", results=ROOT / "results
 
 
 def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout)):
-    """Train as the command line says; exits with status 1 if training was interrupted."""
+    """Train as the command line says. Exits with status 1 and a message if it is not possible or was interrupted."""
     options, config = read_options()
-    if run(make_model, options, config) is None:
-        sys.exit("Interrupted: run the same command again to resume.")
+    try:
+        with ExitStack() as stack:
+            try:
+                device = stack.enter_context(distributed.process_group(options.device))
+            except ValueError as error:
+                sys.exit(str(error))
+            run(make_model, options, config, device)
+    except (distributed.RankError, TrainingDiverged) as error:  # the same on every rank: rank 0 reports it
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-FORMAT = 2  # of checkpoints; raised when older code would misread newer files
+FORMAT = 3  # of checkpoints; raised when older code would misread newer files
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
@@ -86,7 +86,7 @@ def load_checkpoint(folder, identity=None):
             damaged.append(str(error))
             continue
         if identity is not None and state.get("identity") != identity:
-            different = _differences(state.get("identity") or {}, identity)
+            different = differences(state.get("identity") or {}, identity)
             raise CheckpointError(f"'{path}' is of another run: {different}. Use another folder, or undo the change")
         if damaged:
             warnings.warn(f"{damaged[0]}; using the previous one", stacklevel=2)
@@ -166,7 +166,7 @@ def _read_checkpoint(path):
     return state
 
 
-def _differences(then, now):
+def differences(then, now):
     """Name the entries in which two identities differ."""
     flat = [{**identity.get("config", {}), **{k: v for k, v in identity.items() if k != "config"}}
             for identity in (then, now)]  # fmt: skip

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.parse
+import uuid
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -311,7 +312,7 @@ def _read_cache(root, fingerprint):
 
 
 def _write_cache(root, fingerprint, arrays):
-    part = root / f"{CACHE}.{os.getpid()}.part"
+    part = root / f"{CACHE}.{uuid.uuid4().hex[:8]}.part"  # unique also among machines that share the folder
     try:
         with open(part, "wb") as file:
             np.savez(file, fingerprint=np.array(fingerprint), **arrays)

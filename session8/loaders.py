@@ -35,64 +35,84 @@ class _AugmentedSplit(Dataset):
 
 
 class _BatchSampler(Sampler):
-    """Draws the batches of an epoch and their seeds in the main process, as a function of (seed, epoch)."""
+    """Draws the batches of an epoch and their seeds in the main process, as a function of (seed, epoch).
 
-    def __init__(self, n, batch_size, shuffle, seed):
-        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+    In training the batches are those of all ranks, and `share` selects a rank's rows. For testing they are of a rank's
+    own images, every world_size-th.
+    """
+
+    def __init__(self, n, batch_size, train, seed, rank=0, world_size=1):
+        self.order = np.arange(n) if train else np.arange(rank, n, world_size)
+        self.batch_size, self.train, self.seed, self.rank, self.world_size = batch_size, train, seed, rank, world_size
         self.epoch, self.start = 0, 0
 
     def __len__(self):
-        return -(-self.n // self.batch_size)
+        return -(-len(self.order) // self.batch_size)
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
+        order = rng.permutation(len(self.order)) if self.train else self.order
         seeds = rng.integers(2**63, size=len(self)).tolist()
         for batch in range(self.start, len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size], seeds[batch]
 
+    def share(self, rows):
+        """Return this rank's share of a batch. The shares of two ranks differ by one row at most."""
+        return rows.tensor_split(self.world_size)[self.rank] if self.train else rows
 
-class _Loader(DataLoader):
-    augmentation = "albumentations"
+
+class _Epochs:
+    """The interface of both kinds of loader, besides iteration and `len`."""
+
+    @property
+    def world_size(self):
+        """Number of ranks that share the images. Sums over the loader's images must then be added over the ranks."""
+        return self.sampler.world_size
 
     def set_epoch(self, epoch, start=0):
         """Select the epoch, and the batch in it, that the next iteration begins with."""
         self.sampler.epoch, self.sampler.start = epoch, start
 
+    def global_size(self, batch):
+        """Return the number of images in a training batch, the shares of all ranks together."""
+        return min(self.sampler.batch_size, len(self.sampler.order) - batch * self.sampler.batch_size)
 
-class DeviceLoader:
+
+class _Loader(_Epochs, DataLoader):
+    augmentation = "albumentations"
+
+    def __iter__(self):
+        # A rank makes the whole batch, since its images draw from one generator, one after the other.
+        for images, labels in super().__iter__():
+            yield self.sampler.share(images), self.sampler.share(labels)
+
+
+class DeviceLoader(_Epochs):
     """The batches of a split that stays on the device: padded, uint8, augmented in one gather per batch.
 
-    It supports iteration, `len`, `set_epoch`, `dataset` and `augmentation`. The order of the images matches that of the
-    DataLoader. augmentation: a BatchAugmentation, or None to keep order and images.
+    The order of the images matches that of the DataLoader. augmentation: a BatchAugmentation, or None to keep order and
+    images. rank, world_size: as in `make_loader`.
     """
 
-    def __init__(self, split, batch_size, augmentation, seed, device):
+    def __init__(self, split, batch_size, augmentation, seed, device, rank=0, world_size=1):
         self.dataset, self.transform, self.seed, self.device = split, augmentation, seed, device
         self.augmentation = f"batched on {device.type}"
         self.images = torch.from_numpy(split.images if augmentation is None else pad(split.images)).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.sampler = _BatchSampler(len(split), batch_size, augmentation is not None, seed)
+        self.sampler = _BatchSampler(len(split), batch_size, augmentation is not None, seed, rank, world_size)
 
     def __len__(self):
         return len(self.sampler)
 
-    def set_epoch(self, epoch, start=0):
-        """Select the epoch, and the batch in it, that the next iteration begins with."""
-        self.sampler.epoch, self.sampler.start = epoch, start
-
     def __iter__(self):
-        batches = [indices for indices, _ in self.sampler]
+        batches = [self.sampler.share(torch.from_numpy(indices)) for indices, _ in self.sampler]
         if not batches:
             return
-        order = np.concatenate(batches)
-        if self.transform is None:
-            plan = order[:, None]
-        else:
+        plan = torch.cat(batches)[:, None]
+        if self.transform is not None:
             draws = self.transform.draw(len(self.dataset), self.seed, self.sampler.epoch)
-            plan = np.column_stack([order, draws[order]])
-        plan = torch.from_numpy(plan)  # one copy per epoch, which does not wait if the memory is pinned
-        plan = plan.pin_memory() if self.device.type == "cuda" else plan
+            plan = torch.hstack([plan, torch.from_numpy(draws)[plan[:, 0]]])
+        plan = plan.pin_memory() if self.device.type == "cuda" else plan  # one copy per epoch, which nothing waits for
         for batch in plan.to(self.device, non_blocking=plan.is_pinned()).split([len(indices) for indices in batches]):
             indices, draws = batch[:, 0], batch[:, 1:]
             images = (
@@ -106,7 +126,17 @@ def _init_worker(_):
 
 
 def make_loader(
-    split, batch_size, train=True, seed=0, num_workers=None, transform=None, device=None, padding="zeros", flip="random"
+    split,
+    batch_size,
+    train=True,
+    seed=0,
+    num_workers=None,
+    transform=None,
+    device=None,
+    padding="zeros",
+    flip="random",
+    rank=0,
+    world_size=1,
 ):
     """Return the loader of a split. It yields (images uint8 (B, 32, 32, 3), labels int64 (B,)).
 
@@ -120,9 +150,13 @@ def make_loader(
     transform: an albumentations transform; by default `train_transforms()` or `test_transforms()`. device: what the
     batches are for, as in `get_device`. padding: of training images, "zeros" so far. flip: "random" so far.
 
-    Raises ValueError for a batch size below 1, a negative number of workers, an unknown padding or flip, or a device
-    that is not available; TypeError for a transform of another library; and, on iteration, ValueError if the transform
-    does not return uint8 (32, 32, 3).
+    rank, world_size: the process and the number of processes that share the images. The loader yields the rank's share
+    of each training batch, of nearly equal sizes, which together are the batch of a single process; and every
+    world_size-th test image.
+
+    Raises ValueError for a batch size below 1, a negative number of workers, an unknown padding or flip, a device that
+    is not available, or a training batch with fewer images than processes; TypeError for a transform of another
+    library; and, on iteration, ValueError if the transform does not return uint8 (32, 32, 3).
     """
     device = get_device(device)
     if batch_size < 1:
@@ -138,13 +172,19 @@ def make_loader(
         transform = train_transforms() if train else test_transforms()
     if not isinstance(transform, A.BaseCompose | A.BasicTransform):
         raise TypeError(f"transform is {transform!r}; expected an albumentations transform, such as A.Compose([...])")
+    smallest = len(split) % batch_size or min(batch_size, len(split))
+    if train and world_size > smallest:
+        raise ValueError(
+            f"{world_size} processes share the last batch of {smallest} images: use at most {smallest} processes, or "
+            f"another batch_size than {batch_size}"
+        )
     if device.type == "cuda":
-        loader = _make_device_loader(split, batch_size, train, seed, transform, device)
+        loader = _make_device_loader(split, batch_size, train, seed, transform, device, rank, world_size)
         if loader is not None:
             return loader
     return _Loader(
         _AugmentedSplit(split, transform, train),
-        sampler=_BatchSampler(len(split), batch_size, train, seed),
+        sampler=_BatchSampler(len(split), batch_size, train, seed, rank, world_size),
         batch_size=None,  # the sampler yields whole batches
         num_workers=num_workers,
         worker_init_fn=_init_worker,
@@ -154,13 +194,13 @@ def make_loader(
     )
 
 
-def _make_device_loader(split, batch_size, train, seed, transform, device):
+def _make_device_loader(split, batch_size, train, seed, transform, device, rank, world_size):
     """Return a DeviceLoader for a transform, or None if it is not supported or the device's memory is too small."""
     augmentation = as_batch_augmentation(transform) if train else None
     if (train and augmentation is None) or (not train and getattr(transform, "transforms", None) != []):
         return None
     try:
-        return DeviceLoader(split, batch_size, augmentation, seed, device)
+        return DeviceLoader(split, batch_size, augmentation, seed, device, rank, world_size)
     except torch.cuda.OutOfMemoryError as error:
         print(f"The images do not fit in the memory of {device} ({error}): they stay on the CPU.", flush=True)
         return None

@@ -20,7 +20,7 @@ from session8.checkpoint import write_file
 from session8.device import arithmetic, device_name
 
 # The files of the package that shape the result of a run; the network's file is added for each model.
-SOURCES = ("config.py", "augment.py", "loaders.py", "training.py")
+SOURCES = ("config.py", "augment.py", "loaders.py", "training.py", "distributed.py")
 
 
 # -- identity ------------------------------------------------------------------------------------------------------
@@ -85,7 +85,8 @@ def changes(parts, now):
     """Return the names of versions, source files and settings in which any part of a run differs from `now`."""
 
     def facts(part):
-        return {**part["versions"], **part["sources"], **{n: part[n] for n in ("device", "arithmetic", "augmentation")}}
+        settings = {name: part[name] for name in ("device", "arithmetic", "augmentation")}
+        return {**part["versions"], **part["sources"], **settings, "processes": part.get("world_size", 1)}
 
     then = [item for part in parts for item in facts(part).items()]
     return sorted({name for name, value in then if facts(now).get(name) != value})
@@ -151,7 +152,8 @@ def write_record(path, model, train_split, test_split, config, history, device):
         seconds: of the whole training, tests included.
         parts: the uninterrupted parts of the run, each with its range of epochs and its `environment`. A run from start
             to end has one.
-        device, arithmetic, versions, commit, sources, finished: those of the last part.
+        device, arithmetic, versions, commit, sources, finished, world_size, devices: those of the last part. devices
+            has one entry per process.
     """
     parts = history.get("parts") or [environment(model, config, device)]
     record = {
@@ -182,7 +184,9 @@ def describe_record(record):
     train, test = (
         f"{history[name][-1]:.2f} %" if history[name] else "none" for name in ("train_accuracy", "test_accuracy")
     )
+    processes = record.get("world_size", 1)
+    device = record["device"] if processes == 1 else f"{processes} processes, {record['device']}"
     return (
-        f"{len(history['seconds'])} of {record['config']['epochs']} epochs on {record['data']}, {record['device']}, "
+        f"{len(history['seconds'])} of {record['config']['epochs']} epochs on {record['data']}, {device}, "
         f"in {record['seconds'] / 60:.1f} minutes: train {train}, test {test}"
     )

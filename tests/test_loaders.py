@@ -216,7 +216,7 @@ def test_device_batches_for_testing_keep_order_and_images():
 def test_a_run_with_device_batches_learns_and_resumes_bitwise(monkeypatch, tmp_path):
     splits = synthetic_cifar10(300, 100)
 
-    def on_device(split, batch_size, train=True, seed=0, num_workers=None, transform=None, device=None):
+    def on_device(split, batch_size, train=True, seed=0, num_workers=None, transform=None, device=None, **_):
         augmentation = as_batch_augmentation(transform) if train else None
         return DeviceLoader(split, batch_size, augmentation, seed, device)
 
@@ -242,13 +242,64 @@ def test_a_run_with_device_batches_learns_and_resumes_bitwise(monkeypatch, tmp_p
     assert expected[2][-1] > 40
 
 
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["albumentations", "two workers", "device"])
+@pytest.mark.parametrize("world_size, start", [(2, 0), (3, 0), (3, 2)])
+def test_the_shares_of_all_ranks_are_the_batches_of_one_process(where, world_size, start):
+    split = synthetic_cifar10(70, 10)[0]  # batches of 32, 32 and 6
+
+    def load(rank, world_size):
+        if where == "device":
+            augmentation = as_batch_augmentation(train_transforms(cutout=8))
+            loader = DeviceLoader(split, 32, augmentation, 5, torch.device("cpu"), rank, world_size)
+        else:
+            workers = 2 if where == "two workers" else 0
+            loader = make_loader(split, 32, seed=5, num_workers=workers, rank=rank, world_size=world_size)
+        loader.set_epoch(3, start)
+        assert loader.world_size == world_size and [loader.global_size(batch) for batch in range(3)] == [32, 32, 6]
+        return batches(loader)
+
+    shares = [load(rank, world_size) for rank in range(world_size)]
+    for parts in zip(*shares, strict=True):
+        sizes = [len(labels) for _, labels in parts]
+        assert max(sizes) - min(sizes) <= 1
+    union = [tuple(torch.cat(part) for part in zip(*parts, strict=True)) for parts in zip(*shares, strict=True)]
+    assert same(union, load(0, 1))
+
+
+@pytest.mark.parametrize("n, world_size", [(70, 3), (2, 3)])
+def test_each_test_image_is_of_one_rank(n, world_size):
+    split = synthetic_cifar10(10, n)[1]
+    for make in (
+        lambda rank: make_loader(split, 8, train=False, rank=rank, world_size=world_size),
+        lambda rank: DeviceLoader(split, 8, None, 0, torch.device("cpu"), rank, world_size),
+    ):
+        for rank in range(world_size):
+            loader = make(rank)
+            images = [image for images, _ in loader for image in images.numpy()]
+            assert np.array_equal(images, split.images[rank::world_size]) or rank >= n
+            assert len(images) == len(range(rank, n, world_size)) and len(loader.dataset) == n
+
+
+@pytest.mark.parametrize("n, batch_size, world_size", [(65, 32, 2), (64, 4, 5), (3, 32, 4)])
+def test_bad_input_more_processes_than_images_in_the_last_batch(n, batch_size, world_size):
+    split = synthetic_cifar10(n, 10)[0]
+    last = n % batch_size or min(n, batch_size)
+    message = f"{world_size} processes share the last batch of {last} images: use at most {last} processes"
+    with pytest.raises(ValueError, match=message):
+        make_loader(split, batch_size, rank=0, world_size=world_size)
+    make_loader(split, batch_size, rank=0, world_size=last)
+
+
 @pytest.fixture
 def with_cuda(monkeypatch):
     """As on a machine with a GPU, whose loaders note how they are made."""
     made = []
 
     class Noted:
-        def __init__(self, split, batch_size, augmentation, seed, device):
+        def __init__(self, split, batch_size, augmentation, seed, device, rank, world_size):
             made.append((augmentation, device.type))
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

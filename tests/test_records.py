@@ -65,7 +65,7 @@ def test_a_changed_comment_does_not_rename_a_run(synthetic, monkeypatch):
 
 def test_source_hashes_are_of_the_files_that_shape_the_result(monkeypatch, tmp_path):
     hashes = source_hashes(small_network())
-    assert set(hashes) == {"model_AC.py", "config.py", "augment.py", "loaders.py", "training.py"}
+    assert set(hashes) == {"model_AC.py", "config.py", "augment.py", "loaders.py", "training.py", "distributed.py"}
     for name, digest in hashes.items():
         file = Path(records.__file__).with_name(name) if name != "model_AC.py" else Path(__file__).parent.parent / name
         assert digest == hashlib.sha256(file.read_bytes()).hexdigest()

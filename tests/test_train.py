@@ -1,5 +1,6 @@
 """train.py: the command line, and the files of a run."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from fakes import class_folders
 
 import train
@@ -66,7 +68,8 @@ def trained(tmp_path, monkeypatch):
     def run(*arguments, make_model=small):
         defaults = ["--data", str(tmp_path / "images"), "--epochs", "1", "--batch-size", "20", "--device", "cpu"]
         options, config = train.read_options([*defaults, *arguments])
-        return train.run(make_model, options, config, runs=tmp_path / "runs", results=tmp_path / "results")
+        folders = {"runs": tmp_path / "runs", "results": tmp_path / "results"}
+        return train.run(make_model, options, config, torch.device("cpu"), **folders)
 
     return run
 
@@ -102,12 +105,60 @@ def test_an_interrupted_run_leaves_no_record(trained, tmp_path):
         def forward(self, x):
             raise KeyboardInterrupt
 
-    assert trained("--publish", make_model=lambda config: Interrupted()) is None
+    with pytest.raises(SystemExit, match="Interrupted: run the same command again to resume"):
+        trained("--publish", make_model=lambda config: Interrupted())
     assert not (tmp_path / "results").exists() and not list(tmp_path.rglob("record.json"))
 
 
-def test_the_command_trains_and_resumes(tmp_path):
-    class_folders(tmp_path / "images", per_train=4, per_test=2)
+def test_bad_input_another_folder_than_expected(trained, tmp_path, monkeypatch):
+    record = trained()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert trained("--expect-folder", str(folder))["history"] == record["history"]
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
+    with pytest.raises(SystemExit, match=r"the run's folder is '.*', not '.*': network, data or code differ"):
+        trained("--expect-folder", str(folder), "--lr", "0.5")
+
+
+def test_without_cifar10_the_stand_in_only_on_request(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda _, options, *__: asked.append(options.allow_synthetic))
+    asked = []
+    for arguments in ([], ["--allow-synthetic"]):
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        train.main()
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    "options, environment, message",
+    [
+        (["--device", "tpu"], {}, "device is 'tpu'"),
+        ([], {"WORLD_SIZE": "2"}, r"rank \?: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+    ],
+)
+def test_bad_input_before_training_is_one_message(monkeypatch, options, environment, message):
+    monkeypatch.setattr("sys.argv", ["train.py", *options])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        train.main()
+
+
+@pytest.mark.parametrize("rank", ["0", "1", None])
+def test_rank_0_reports_an_error_that_all_ranks_have(monkeypatch, rank):
+    def fails(*_):
+        raise train.TrainingDiverged("the loss became nan", 0, 0, 0.01)
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(train, "run", fails)
+    monkeypatch.setattr(train.distributed, "process_group", contextlib.nullcontext)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as error:
+        train.main()
+    assert error.value.code == 1 if rank == "1" else "the loss became nan" in error.value.code
+
+
+def test_the_command_without_its_data_says_so(tmp_path):
     command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "missing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "missing' is not" not in done.stdout
