@@ -13,6 +13,8 @@ from session8.loaders import make_loader
 from session8.lr_finder import estimate_seconds, lr_range_test
 # Training and testing.
 from session8.training import collect_logits, fit, run_folder, test, train, train_step
+# The same in several processes, by torchrun.
+from session8.launch import run_command, torchrun_command
 # Saved weights, and the record of a run.
 from session8.checkpoint import load_model, save_model
 from session8.records import count_macs, describe_record, write_record
@@ -34,6 +36,7 @@ __all__ = [
     "augment", "test_transforms", "train_transforms", "make_loader",
     "estimate_seconds", "lr_range_test",
     "collect_logits", "fit", "run_folder", "test", "train", "train_step",
+    "run_command", "torchrun_command",
     "load_model", "save_model", "count_macs", "describe_record", "write_record",
     "calibration", "class_accuracy", "confusion_matrix", "grad_cam_pairs", "misclassified", "most_confused",
     "export_onnx", "predict",

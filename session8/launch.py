@@ -12,10 +12,11 @@ from session8.config import Config
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def torchrun_command(processes, recipe, config, data_root=None, folder=None):
+def torchrun_command(processes, recipe, config, data_root=None, device=None, folder=None):
     """Return the command that trains AdvancedCNN with a recipe in several processes of this machine, as a list.
 
-    folder: if given, the command fails unless this is the run's folder.
+    folder: of the caller's run, if it is to be this one: the command fails if network or data differ. The stand-in is
+    then allowed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(TRAIN_SCRIPT), "--recipe", recipe]
@@ -24,8 +25,9 @@ def torchrun_command(processes, recipe, config, data_root=None, folder=None):
         if value != getattr(named, name):
             option = name.replace("_", "-")
             command += ["--" + "no-" * (value is False) + option] + [str(value)] * (not isinstance(value, bool))
-    for option, path in (("--data", data_root), ("--expect-folder", folder)):
-        command += [option, str(Path(path).resolve())] if path else []
+    command += ["--device", str(device)] if device else []
+    command += ["--data", str(Path(data_root).resolve())] if data_root else []
+    command += ["--allow-synthetic", "--expect-folder", str(Path(folder).resolve())] if folder else []
     return command
 
 

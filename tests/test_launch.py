@@ -9,6 +9,7 @@ import time
 from dataclasses import fields, replace
 
 import pytest
+from fakes import class_folders
 
 import train
 from session8.config import RECIPES, Config
@@ -35,8 +36,8 @@ def test_the_command_passes_every_change_of_the_recipe(recipe, field):
     named = Config.named(recipe)
     values = {"schedule": "one_cycle", "precision": "float32", "batch_size": None, "nesterov": not named.nesterov}
     config = replace(named, **{field.name: values.get(field.name, OTHER.get(field.type))})
-    options, read = options_of(torchrun_command(2, recipe, config, "a folder", "runs/1234"))
-    assert read == config and options.recipe == recipe
+    options, read = options_of(torchrun_command(2, recipe, config, "a folder", "cpu", "runs/1234"))
+    assert read == config and (options.recipe, options.device) == (recipe, "cpu")
     assert options.data == os.path.abspath("a folder") and options.expect_folder == os.path.abspath("runs/1234")
 
 
@@ -79,11 +80,11 @@ def test_an_interruption_ends_the_command(tmp_path):
         os.kill(int(pid.read_text()), 0)
 
 
-def test_a_run_in_two_processes_is_found_by_the_caller(tmp_path):
-    """As in the notebook: the command trains, and `fit` then shows the finished run."""
-    from fakes import class_folders
-
+def test_fault_the_commands_run_is_not_the_callers(tmp_path):
+    """As in a notebook whose network was changed: the command fails before training."""
     class_folders(tmp_path / "images", per_train=4, per_test=1)
-    command = torchrun_command(2, "default", Config(epochs=1, batch_size=20), tmp_path / "images", tmp_path / "other")
+    config = Config(epochs=1, batch_size=20)
+    command = torchrun_command(2, "default", config, tmp_path / "images", "cpu", tmp_path / "other")
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and done.stderr.count("the run's folder is") == 1, done.stderr
+    assert "Epoch" not in done.stdout
