@@ -19,7 +19,8 @@ from session8.checkpoint import save_model
 from session8.config import RECIPES, Config
 from session8.data import CLASSES, DatasetUnavailable, load_cifar10
 from session8.records import describe_record, write_record
-from session8.training import TrainingDiverged, fit, run_folder
+from session8.trainer import fit, run_folder
+from session8.training import TrainingDiverged
 
 ROOT = Path(__file__).resolve().parent
 

@@ -12,7 +12,8 @@ from session8.loaders import make_loader
 # Before training: the learning rate range test, and an estimate of the time.
 from session8.lr_finder import estimate_seconds, lr_range_test
 # Training and testing.
-from session8.training import collect_logits, fit, run_folder, test, train, train_step
+from session8.trainer import fit, run_folder
+from session8.training import collect_logits, test, train, train_step
 # The same in several processes, by torchrun.
 from session8.launch import run_command, torchrun_command
 # Saved weights, and the record of a run.

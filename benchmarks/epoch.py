@@ -20,7 +20,8 @@ from session8.augment import as_batch_augmentation, train_transforms
 from session8.config import Config
 from session8.device import arithmetic, backend_flags, memory_format
 from session8.loaders import DeviceLoader, make_loader
-from session8.training import fit, make_optimizer, make_scaler, train, train_step
+from session8.trainer import fit
+from session8.training import make_optimizer, make_scaler, train, train_step
 
 
 def make_functions(split, config, device, workers):

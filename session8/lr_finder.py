@@ -12,7 +12,8 @@ import torch
 from session8.augment import normalize
 from session8.checkpoint import load_checkpoint
 from session8.device import autocast, backend_flags, get_device, synchronize
-from session8.training import Trainer, train_step
+from session8.trainer import Trainer
+from session8.training import train_step
 
 
 def estimate_seconds(model, train_split, test_split, config, device=None, checkpoint_dir=None):

@@ -20,7 +20,7 @@ from session8.checkpoint import write_file
 from session8.device import arithmetic, device_name
 
 # The files of the package that shape the result of a run; the network's file is added for each model.
-SOURCES = ("config.py", "augment.py", "loaders.py", "training.py", "distributed.py")
+SOURCES = ("config.py", "augment.py", "loaders.py", "training.py", "trainer.py", "distributed.py")
 
 
 # -- identity ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model_AC import AdvancedCNN
-from session8 import data, training
+from session8 import data, trainer, training
 from session8.checkpoint import save_checkpoint
 from session8.config import Config
 
@@ -72,7 +72,7 @@ def small_training(folder, before_saving=lambda: None):
     training.REFRESH_SECONDS = 0
     torch.manual_seed(0)
     model = AdvancedCNN(width=0.5)
-    history = training.fit(
+    history = trainer.fit(
         model, *data.synthetic_cifar10(300, 100), RECIPE, "cpu", checkpoint_dir=folder, checkpoint_seconds=0
     )
     before_saving()
@@ -106,7 +106,7 @@ def write_checkpoints_and_die(folder, function, call):
 def training_on_a_full_disk(folder):
     """Train; from the end of the second epoch on, limit the size of files to 10 kB, as on a full disk."""
     sys.stdout = io.StringIO()  # the log of the tests is a file too
-    train_epoch = training.Trainer.train_epoch
+    train_epoch = trainer.Trainer.train_epoch
 
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -116,7 +116,7 @@ def training_on_a_full_disk(folder):
         if trainer.epoch == 2:
             limit(10_000)
 
-    training.Trainer.train_epoch = limited
+    trainer.Trainer.train_epoch = limited
     small_training(folder, before_saving=lambda: limit(resource.RLIM_INFINITY))
 
 

@@ -18,7 +18,7 @@ from session8 import checkpoint, data, distributed, training
 from session8.config import Config
 from session8.data import Split
 from session8.loaders import make_loader
-from session8.training import fit
+from session8.trainer import fit
 
 RECIPE = Config(epochs=3, batch_size=25, lr=0.02, seed=3)  # of 130 images: five batches of 25, and one of 5
 UNEVEN = Config(epochs=1, batch_size=5, lr=0.02, label_smoothing=0.2, precision="float32")  # of 13 images: 5, 5, 3

@@ -11,6 +11,7 @@ import common
 import epoch
 import numpy as np
 import pytest
+import scaling
 import torch
 import train_step
 from fakes import class_folders, position_coded
@@ -113,6 +114,23 @@ def test_the_reported_time_is_of_one_step(monkeypatch, synthetic):
     assert reported[-1][0] == "ours, auto"
 
 
+# -- scaling.py ------------------------------------------------------------------------------------------------
+
+
+def test_the_calculated_step_time_makes_communication_a_tenth():
+    n_bytes, speed, processes = 4e6, 1e9, 4
+    communication = 2 * 3 * (n_bytes / 4) / speed  # a ring: 2 (p - 1) messages of a p-th of the bytes
+    least = scaling.least_step_seconds(n_bytes, speed, processes)
+    assert communication / (communication + least) == pytest.approx(0.1)
+
+
+def test_the_exchanged_bytes_are_those_of_gradients_and_statistics():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 5))
+    network[2].requires_grad_(False)
+    # Weights 6 + bias 2 + batch norm 4; running mean 2 + variance 2 in float32, the count of batches in int64.
+    assert scaling.exchanged_bytes(network) == (4 * 12, 4 * 4 + 8)
+
+
 # -- epoch.py ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +208,7 @@ def run_command(command, *options):
         ("input_pipeline", ["--images", 40], ["ours", "ours (device)", "usual", "torchvision v2", "limit"]),
         ("train_step", ["--steps", 1], ["plain loop", "ours, float32", "ours, auto"]),
         ("epoch", ["--images", 40], ["limit", "ours", "ours (device)"]),
+        ("scaling", ["--steps", 1], ["1 process, 2 threads", "2 processes, 1 thread each", "NVLink"]),
     ],
 )
 def test_commands_run_on_a_folder_of_images(command, options, rows, tmp_path):

@@ -16,7 +16,7 @@ from model_AC import AdvancedCNN
 from session8.checkpoint import FORMAT, CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
 from session8.config import Config
 from session8.data import CLASSES
-from session8.training import fit
+from session8.trainer import fit
 
 if os.name == "posix":
     pass

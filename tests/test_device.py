@@ -7,7 +7,7 @@ from networks import CPU, EXACT, Linear
 from session8.config import Config
 from session8.device import amp_dtype, arithmetic, autocast, available_cores, backend_flags, get_device, memory_format
 from session8.inference import predict
-from session8.training import Trainer, fit
+from session8.trainer import Trainer, fit
 
 
 def test_the_default_device_is_the_first_available(monkeypatch):
@@ -87,7 +87,7 @@ def test_autocast_computes_in_that_dtype(monkeypatch):
 
 def test_mps_gets_no_channels_last_in_which_its_batch_norm_is_wrong(synthetic, monkeypatch):
     assert memory_format("mps") == torch.contiguous_format and memory_format("cuda") == torch.channels_last
-    monkeypatch.setattr("session8.training.memory_format", lambda _: torch.contiguous_format)
+    monkeypatch.setattr("session8.trainer.memory_format", lambda _: torch.contiguous_format)
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     Trainer(model, *synthetic, EXACT, CPU)
     assert model.weight.is_contiguous()

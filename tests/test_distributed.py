@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from networks import Linear
 
-from session8 import distributed, training
+from session8 import distributed, trainer, training
 from session8.checkpoint import load_checkpoint
 
 if os.name != "posix":
@@ -117,7 +117,7 @@ def test_the_saved_model_is_the_tested_one(group, groups):
     state = load_checkpoint(groups["folder"] / f"unbroken-{len(group)}")
     model = ranks.FailingNetwork()
     model.load_state_dict(state["model"])
-    loader = training.make_loader(ranks.splits()[1], 500, train=False)
+    loader = trainer.make_loader(ranks.splits()[1], 500, train=False)
     loss, accuracy = training.test(model, loader, ranks.RECIPE, torch.device("cpu"))
     assert accuracy == state["history"]["test_accuracy"][-1]
     assert loss == pytest.approx(state["history"]["test_loss"][-1], rel=1e-5)
@@ -170,7 +170,7 @@ def test_resuming_with_the_same_number_of_processes_is_bitwise_equal(groups):
 def test_two_processes_then_one_then_three_train_the_run_of_one(groups):
     assert groups[2][0]["passed on"][:2] == groups["alone"][:2] == ["RuntimeError", "stopped"]
     model = Linear()
-    history = training.fit(model, *ranks.splits(), ranks.RESUMED, "cpu")
+    history = trainer.fit(model, *ranks.splits(), ranks.RESUMED, "cpu")
     for found in groups[3]:
         assert [part["world_size"] for part in found["passed on"]["parts"]] == [2, 1, 3]
         for name, values in numbers(history).items():
@@ -225,7 +225,7 @@ def test_bad_input_variables_of_torchrun_half_set(monkeypatch, missing):
     for name in {*values} - {missing}:
         monkeypatch.setenv(name, values[name])
     with pytest.raises(ValueError, match=rf"^rank (1|\?): {missing} not set, but other variables of torchrun are"):
-        training.fit(Linear(), *ranks.splits(), ranks.RECIPE, "cpu")
+        trainer.fit(Linear(), *ranks.splits(), ranks.RECIPE, "cpu")
     assert not dist.is_initialized()
 
 
@@ -236,7 +236,7 @@ def test_bad_input_restarts_on_several_machines_that_would_hang(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        training.fit(Linear(), *ranks.splits(), ranks.RECIPE, "cpu")
+        trainer.fit(Linear(), *ranks.splits(), ranks.RECIPE, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -334,11 +334,11 @@ def test_fault_a_rank_that_fails_under_torchrun_ends_all(tmp_path, what, message
 def test_the_seeds_of_ranks_and_positions_differ(synthetic):
     seen = []
     for rank in range(3):
-        trainer = training.Trainer(Linear(), *synthetic, ranks.RECIPE, "cpu", rank=rank, world_size=3)
-        for trainer.epoch in range(2):
-            for trainer.progress.batches in range(3):
-                trainer.seed()
+        state = trainer.Trainer(Linear(), *synthetic, ranks.RECIPE, "cpu", rank=rank, world_size=3)
+        for state.epoch in range(2):
+            for state.progress.batches in range(3):
+                state.seed()
                 seen.append(torch.initial_seed())
     assert len(set(seen)) == 18
-    training.Trainer(Linear(), *synthetic, ranks.RECIPE, "cpu").seed()
+    trainer.Trainer(Linear(), *synthetic, ranks.RECIPE, "cpu").seed()
     assert torch.initial_seed() == ranks.RECIPE.seed

@@ -16,7 +16,7 @@ import torch
 from fakes import class_folders, position_coded, read_positions
 from networks import same_weights, small_network
 
-from session8 import loaders, training
+from session8 import loaders, trainer, training
 from session8.augment import as_batch_augmentation, train_transforms
 from session8.config import Config
 from session8.data import Split, synthetic_cifar10
@@ -220,7 +220,7 @@ def test_a_run_with_device_batches_learns_and_resumes_bitwise(monkeypatch, tmp_p
         augmentation = as_batch_augmentation(transform) if train else None
         return DeviceLoader(split, batch_size, augmentation, seed, device)
 
-    monkeypatch.setattr(training, "make_loader", on_device)
+    monkeypatch.setattr(trainer, "make_loader", on_device)
     monkeypatch.setattr(training, "REFRESH_SECONDS", 0)
     config, results = Config(epochs=5, batch_size=20, cutout=8), []
     step, steps = training.train_step, []
@@ -235,7 +235,7 @@ def test_a_run_with_device_batches_learns_and_resumes_bitwise(monkeypatch, tmp_p
         for call in calls:
             monkeypatch.setattr(training, "train_step", call)
             model = small_network()
-            history = training.fit(model, *splits, config, "cpu", tmp_path / folder, checkpoint_seconds=0)
+            history = trainer.fit(model, *splits, config, "cpu", tmp_path / folder, checkpoint_seconds=0)
         results.append((model, [history[name] for name in ("train_loss", "test_loss", "test_accuracy")]))
     (unbroken, expected), (resumed, history) = results
     assert same_weights(unbroken, resumed) and history == expected and len(steps) == 22

@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
 
-from session8 import lr_finder, training
+from session8 import lr_finder, trainer
 from session8.checkpoint import save_checkpoint
 from session8.config import Config
 from session8.data import MEAN, STD, Split
@@ -66,9 +66,9 @@ def test_estimate_waits_for_the_device_twice_per_pass_and_not_in_every_step(synt
 def test_neither_test_starts_worker_processes(synthetic, monkeypatch):
     """Training starts its own; on CUDA the default is up to four."""
     asked = []
-    make_loader = training.make_loader
+    make_loader = trainer.make_loader
     monkeypatch.setattr(
-        training, "make_loader", lambda *a, **k: asked.append(k.get("num_workers")) or make_loader(*a, **k)
+        trainer, "make_loader", lambda *a, **k: asked.append(k.get("num_workers")) or make_loader(*a, **k)
     )
     estimate_seconds(Linear(), *synthetic, EXACT, "cpu")
     lr_range_test(Linear(), synthetic[0], EXACT, "cpu", end=0.1, steps=3)

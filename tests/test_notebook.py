@@ -103,6 +103,43 @@ def test_no_injected_constants_are_left_in():
     assert not [cell for cell in CODE if "injected-parameters" in cell.metadata.get("tags", [])]
 
 
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def run_until_trained(tmp_path, setup="", **constants):
+    """Execute the notebook up to `fit` in a copy of the project. Returns its output."""
+    for name in ("model_AC.py", "utils.py", "train.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "session8", tmp_path / "session8", ignore=shutil.ignore_patterns("__pycache__"))
+    class_folders(tmp_path / "images", per_train=8, per_test=4)
+    last = next(i for i, cell in enumerate(CODE) if "utils.fit(" in cell.source)
+    notebook = nbformat.read(ROOT / "Session_8.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"][: last + 1]
+    settings = {"EPOCHS": 1, "BATCH_SIZE": 20, "DATA_ROOT": "images", "DEVICE": "cpu", **constants}
+    code[0].source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    notebook.cells = [*code[:-2], nbformat.v4.new_code_cell(setup), *code[-2:]]
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env={**os.environ, "PYTHONPATH": ""})
+    return [("".join(out.get("text", "") for out in cell.outputs)) for cell in code[-2:]]
+
+
+@pytest.mark.xdist_group("several processes")
+def test_the_notebook_shows_the_run_of_two_processes(tmp_path):
+    command, shown = run_until_trained(tmp_path, PROCESSES=2, CHECKPOINTS=False)
+    assert "--nproc-per-node=2" in command and "2 processes share each batch of 20" in command
+    assert "Batch_id=3" in command and "1 of 1 epochs" in command
+    assert "This run is finished" in shown and "Batch_id" not in shown
+    record = json.loads(next(tmp_path.glob("runs/*/record.json")).read_text())
+    assert record["world_size"] == 2 and f"({record['history']['test_accuracy'][0]:.2f}%)" in shown
+
+
+def test_a_notebook_on_a_machine_with_several_gpus_offers_a_command(tmp_path):
+    offer, shown = run_until_trained(tmp_path, setup="torch.cuda.device_count = lambda: 3")
+    assert "This machine has 3 GPUs. To train on all, set PROCESSES = 3, or run in a terminal:" in offer
+    assert re.search(r"torch.distributed.run --standalone --nproc-per-node=3 .*train.py .*--epochs 1", offer)
+    assert "Batch_id=3" in shown  # and trains in one process
+
+
 # -- Google Colab, as far as a stand-in for its module can show -------------------------------------------------------
 
 # What Colab has before the notebook's cells: its module; and a pip that only notes its arguments.

@@ -12,11 +12,11 @@ from networks import Linear, small_network
 from torch import nn
 
 from model_AC import AdvancedCNN
-from session8 import records, training
+from session8 import records, trainer
 from session8.config import Config
 from session8.data import Split, synthetic_cifar10
 from session8.records import count_macs, describe_record, source_hashes, write_record
-from session8.training import fit, run_folder
+from session8.trainer import fit, run_folder
 
 # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -41,12 +41,10 @@ def test_run_folder_is_named_after_configuration_network_augmentation_optimizer_
         name(splits=(Split(images, synthetic[0].labels, "one bit differs"), synthetic[1])),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training, "train_transforms", lambda _: A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)])
-        )
+        patch.setattr(trainer, "train_transforms", lambda _: A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)]))
         others.append(name())
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_optimizer", lambda model, _: torch.optim.Adam(model.parameters()))
+        patch.setattr(trainer, "make_optimizer", lambda model, _: torch.optim.Adam(model.parameters()))
         others.append(name())
     with monkeypatch.context() as patch:
         patch.setattr(Config, "batch_size_on", lambda *_: 128)  # as on an accelerator
@@ -65,7 +63,15 @@ def test_a_changed_comment_does_not_rename_a_run(synthetic, monkeypatch):
 
 def test_source_hashes_are_of_the_files_that_shape_the_result(monkeypatch, tmp_path):
     hashes = source_hashes(small_network())
-    assert set(hashes) == {"model_AC.py", "config.py", "augment.py", "loaders.py", "training.py", "distributed.py"}
+    assert set(hashes) == {
+        "model_AC.py",
+        "config.py",
+        "augment.py",
+        "loaders.py",
+        "training.py",
+        "trainer.py",
+        "distributed.py",
+    }
     for name, digest in hashes.items():
         file = Path(records.__file__).with_name(name) if name != "model_AC.py" else Path(__file__).parent.parent / name
         assert digest == hashlib.sha256(file.read_bytes()).hexdigest()

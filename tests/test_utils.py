@@ -21,8 +21,10 @@ ALLOWED = {
     "loaders": {*LOWEST, "augment"},
     "checkpoint": MIDDLE,
     "records": {*MIDDLE, "checkpoint"},
-    "training": {*MIDDLE, "checkpoint", "records"},
-    **{name: {*MIDDLE, "checkpoint", "records", "training"} for name in ("lr_finder", "analysis", "inference")},
+    "training": {*MIDDLE, "records"},
+    "trainer": {*MIDDLE, "checkpoint", "records", "training"},
+    "lr_finder": {*MIDDLE, "checkpoint", "training", "trainer"},
+    **{name: {*MIDDLE, "training"} for name in ("analysis", "inference")},
     "plots": {"data"},
 }
 
