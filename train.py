@@ -64,8 +64,8 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
         folder = run_folder(model, *splits, config, device, runs)
         if options.expect_folder and Path(options.expect_folder).resolve() != folder.resolve():
             sys.exit(
-                f"the run's folder is '{folder}', not '{options.expect_folder}': network, data or code differ from "
-                "those of the program that expects it"
+                f"the run's folder is '{folder}', not '{options.expect_folder}': network, data, device type or code "
+                "differ from those of the program that expects it"
             )
     history = fit(model, *splits, config, device, checkpoint_dir=folder)
     if len(history["seconds"]) < config.epochs:

@@ -1,8 +1,8 @@
 """Training in two processes, compared with one: `python benchmarks/scaling.py`.
 
 One batch of fixed size is trained on by one process, with one thread and with two, and by two processes with one thread
-each, which share it. The share of communication is what a step takes longer than one without the exchange of gradients
-and statistics. From the bytes that a step exchanges follows, by calculation, where several processes pay.
+each, which share it. The share of communication is the difference to a step without synchronisation. The throughput
+below which several processes pay is calculated from the bytes that a step exchanges.
 """
 
 import statistics

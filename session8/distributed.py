@@ -4,6 +4,7 @@ Outside torchrun, and without a process group of the caller's, a process is rank
 """
 
 import contextlib
+import itertools
 import os
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from session8.device import get_device
 
+_groups = itertools.count()  # how many process groups this process has joined
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
 
 
@@ -34,24 +36,29 @@ def process_group(device=None):
     """Join the process group that torchrun describes, and leave it at the end. Yields this rank's torch.device.
 
     CUDA tensors travel through NCCL, others through Gloo. On CUDA each process uses the GPU of its LOCAL_RANK. A group
-    that exists already is used as it is, and left alone. Standard output of the ranks other than 0 is discarded.
+    that exists already is used as it is, and is not left. Standard output of the ranks other than 0 is discarded.
 
-    device: as in `get_device`. Raises ValueError if it is not available, or if only some of torchrun's variables are
-    set; RankError, with several processes, if a rank cannot use it.
+    device: as in `get_device`. Raises ValueError if it is not available, or if torchrun's variables are incomplete or
+    do not allow restarts; RankError, with several processes, if a rank cannot use its device.
     """
-    joined = False
+    joined, leave = False, True
     if not (dist.is_available() and dist.is_initialized()) and any(name in os.environ for name in VARIABLES[:3]):
         _join_torchrun(device)
         joined = True
     try:
         with contextlib.ExitStack() as stack:
             with raise_together():
-                device = _own_device(device) if joined and world_size() > 1 else get_device(device)
+                device = _own_device(device, joined) if world_size() > 1 else get_device(device)
             if rank() > 0:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield device
+    except RankError:
+        raise
+    except BaseException:
+        leave = False  # NCCL would wait for ranks that wait for this one; the end of the process releases them
+        raise
     finally:
-        if joined:
+        if joined and leave:
             dist.destroy_process_group()
 
 
@@ -64,33 +71,35 @@ def _join_torchrun(device):
         )
     store, restarts = None, environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # All attempts of torchrun share this store. Under equal keys a restarted process would find the addresses of
-        # dead ones, and hang (pytorch/pytorch#135712). The count of restarts is an agent's own, hence not for several.
+        # Every group of every restart meets in this store. With equal keys, a process would find the addresses of
+        # processes that have ended, and hang (pytorch/pytorch#135712). Each torchrun counts its own restarts, so the
+        # count is a common key for one torchrun only.
         if environment.get("GROUP_WORLD_SIZE") != "1" and environment.get("TORCHELASTIC_MAX_RESTARTS") != "0":
             raise ValueError(
                 "--max-restarts on several machines needs the environment variable "
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun, without which a restart may hang"
             )
         store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart {restarts}", store)
+        store = dist.PrefixStore(f"restart {restarts}, group {next(_groups)}", store)
     on_cuda = torch.cuda.is_available() and get_device(device).type == "cuda"
     ranks = {"rank": int(environment["RANK"]), "world_size": int(environment["WORLD_SIZE"])}
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, **ranks)
 
 
-def _own_device(device):
-    found, local = get_device(device), int(os.environ["LOCAL_RANK"])
+def _own_device(device, joined):
+    found = get_device(device)
     if found.type == "mps":
         if device is not None:
             raise ValueError(f"device is {device!r}, which is one GPU for {world_size()} processes: use one process")
         return torch.device("cpu")
     if found.type == "cuda":
-        n = torch.cuda.device_count()
-        if found.index is not None:
+        n, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+        local = torch.cuda.current_device() if local is None else int(local)
+        if found.index is not None and joined:
             raise ValueError(f"device is {device!r}, but each process uses the GPU of its LOCAL_RANK: use 'cuda'")
-        if local >= n:
+        if found.index is None and local >= n:
             raise ValueError(f"LOCAL_RANK is {local}, but this machine has {n} GPUs: use --nproc-per-node={n}")
-        found = torch.device("cuda", local)
+        found = torch.device("cuda", local if found.index is None else found.index)
         torch.cuda.set_device(found)
     return found
 

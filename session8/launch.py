@@ -15,8 +15,8 @@ TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 def torchrun_command(processes, recipe, config, data_root=None, device=None, folder=None):
     """Return the command that trains AdvancedCNN with a recipe in several processes of this machine, as a list.
 
-    folder: of the caller's run, if it is to be this one: the command fails if network or data differ. The stand-in is
-    then allowed.
+    folder: the folder that the run must have. The command fails if network or data differ. It then also accepts the
+    stand-in.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(TRAIN_SCRIPT), "--recipe", recipe]
@@ -34,7 +34,7 @@ def torchrun_command(processes, recipe, config, data_root=None, device=None, fol
 def run_command(command):
     """Run a command and print its output as it appears, also in a notebook cell. Raises RuntimeError if it fails.
 
-    If this process is interrupted, the command is ended first.
+    If this process is interrupted, it ends the command.
     """
     print(shlex.join(command), flush=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

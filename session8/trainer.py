@@ -35,7 +35,9 @@ METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "
 class Trainer:
     """The state of a run: model, optimizer, position and history, with its loaders.
 
-    rank, world_size: of the processes that train together; `connect` must then be called before training.
+    rank, world_size: of the processes that train together. `connect` must then be called before training; it wraps
+    `self.model` for the exchange of gradients, as `self.replica`. On CUDA, `self.model` is then a copy of the caller's
+    model, with synchronised batch norm.
     """
 
     def __init__(self, model, train_split, test_split, config, device, num_workers=None, rank=0, world_size=1):
@@ -190,6 +192,7 @@ def fit(
 
     Under torchrun, or with a process group of the caller's, the processes share each batch (PyTorch's
     DistributedDataParallel) and the test images. All must make the same call. Rank 0 prints and writes checkpoints.
+    Each parameter must then take part in each step. On CUDA the model is updated at the end only.
 
     Args:
         model: any module from float (B, 3, 32, 32) to log-probabilities or logits (B, C).
@@ -209,8 +212,8 @@ def fit(
 
     Raises ValueError for a device that is not available, a negative checkpoint_seconds or number of workers;
     CheckpointError, before training, if the folder cannot be written or belongs to another run; TrainingDiverged if
-    the loss or a weight is not finite; RuntimeError if a worker process dies. With several processes, what is raised
-    before training is a RankError on every rank, also if the ranks' arguments differ.
+    the loss or a weight is not finite; RuntimeError if a worker process dies. With several processes, all ranks raise
+    RankError if one of them fails before training, or if their arguments differ.
     """
     with distributed.process_group(device) as device:
         rank, world_size = distributed.rank(), distributed.world_size()
@@ -221,7 +224,15 @@ def fit(
             identity = None
             if checkpoint_dir is not None or world_size > 1:
                 identity = _identity(model, train_split, test_split, config, trainer.device)
-        _check_that_ranks_agree({"checkpoint_dir given": checkpoint_dir is not None, **(identity or {})})
+        _check_that_ranks_agree(
+            {
+                "checkpoint_dir given": checkpoint_dir is not None,
+                "device type": trainer.device.type,
+                "arithmetic": arithmetic(config.precision, trainer.device),
+                "kind of augmentation": trainer.train_loader.augmentation,
+                **(identity or {}),
+            }
+        )
         print(_header(trainer, train_split, test_split))
         trainer.seed()
         trainer.connect()
@@ -275,7 +286,7 @@ def _check_that_ranks_agree(settings):
 
 
 def _load_checkpoints(folder, identity, seconds):
-    """Return the Checkpoints to save to, which is without a folder on the ranks other than 0, and the state or None."""
+    """Return (checkpoints, state): where rank 0 saves, nowhere on other ranks; and what to resume from, or None."""
     checkpoints = Checkpoints(folder, identity, seconds)
     if folder is None or distributed.world_size() == 1:
         return checkpoints, checkpoints.load()
@@ -294,6 +305,7 @@ def _load_checkpoints(folder, identity, seconds):
     finally:
         if rank == 0:
             mark.unlink(missing_ok=True)
+    _check_that_ranks_agree({"checkpoint": state and [state["saved"], state["epoch"], state["progress"]["batches"]]})
     return checkpoints if rank == 0 else Checkpoints(None, identity, seconds), state
 
 

@@ -53,7 +53,8 @@ def make_scaler(config, device):
 def train_step(model, images, labels, optimizer, scaler, config, device, weight=1.0):
     """Take one step of SGD on images, uint8 (B, 32, 32, 3), and labels, int64 (B,).
 
-    weight: factor on the loss, with which the mean of several processes' gradients is that of all their images.
+    weight: factor on the loss. If processes have shares of unequal sizes, it makes the mean of their gradients that of
+    the whole batch.
 
     Returns the batch's mean NLL, without label smoothing, and its number of correct predictions, both as tensors on
     the device: reading them would wait for it.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from networks import Linear
 
 from model_AC import AdvancedCNN
-from session8 import checkpoint, data, distributed, training
+from session8 import checkpoint, data, device, distributed, trainer, training
 from session8.config import Config
 from session8.data import Split
 from session8.loaders import make_loader
@@ -167,6 +167,14 @@ def checks(rank, world_size, folder):
     (folder / "a file").touch()
     found["file"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu", folder / "a file" if last else folder / "x")
     found["too many"] = outcome(fit, Linear(), *splits(126), RECIPE, "cpu")  # the last batch has one image
+    trainer.arithmetic = lambda *_: "bfloat16" if last else "float32"  # as with GPUs of two generations
+    found["arithmetic"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu")
+    trainer.arithmetic = device.arithmetic
+    load = checkpoint.load_checkpoint
+    checkpoint.load_checkpoint = lambda *arguments: {**load(*arguments), "epoch": int(last)}
+    model = FailingNetwork()
+    found["checkpoint"] = outcome(fit, model, *splits(), RECIPE, "cpu", folder / f"unbroken-{world_size}")
+    checkpoint.load_checkpoint = load
     found["device"] = outcome(fit, Linear(), *splits(), RECIPE, "cuda:7" if last else "cpu")
     found["seconds"] = time.monotonic() - started
     found["left"] = sorted(path.name for path in folder.glob("*/shared-*"))
@@ -208,9 +216,12 @@ def under_torchrun(what, folder):
         dist.init_process_group = lambda _, **options: init("gloo", **options)
         note_the_time()
     assert not dist.is_initialized()
-    device = "cuda" if what == "gpus" else "cpu"
-    history = fit(model, *splits(), RECIPE, device, folder / "run", checkpoint_seconds=0)
+    asked = "cuda" if what == "gpus" else "cpu"
+    history = fit(model, *splits(), RECIPE, asked, folder / "run", checkpoint_seconds=0)
     assert not dist.is_initialized()
+    if rank == 1:
+        time.sleep(1)  # a second call must not meet the group that has ended
+    fit(model, *splits(), RECIPE, "cpu", folder / "run")
     torch.save(result(model, history), folder / f"result-{rank}.pt")
 
 

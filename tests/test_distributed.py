@@ -208,6 +208,8 @@ def test_fault_full_folder_is_reported_and_every_rank_goes_on(group):
         ("folder or none", "rank {last} differs from rank 0: checkpoint_dir given was True and is False"),
         ("file", "rank {last} of {n}: CheckpointError: '.*' is not the folder of rank 0"),
         ("too many", "rank 0 of {n}: ValueError: {n} processes share the last batch of 1 images: use at most 1"),
+        ("arithmetic", "rank {last} differs from rank 0: arithmetic was 'float32' and is 'bfloat16'"),
+        ("checkpoint", "rank {last} differs from rank 0: checkpoint was "),
         ("device", "rank {last} of {n}: ValueError: device is 'cuda:7', which is not available"),
     ],
 )
@@ -249,9 +251,22 @@ def test_bad_input_restarts_on_several_machines_that_would_hang(monkeypatch):
 def test_bad_input_a_rank_without_a_gpu_of_its_own(monkeypatch, device, local, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", str(local))
     with pytest.raises(ValueError, match=message):
-        distributed._own_device(device)
+        distributed._own_device(device, joined=True)
+
+
+def test_in_a_group_of_the_callers_each_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert distributed._own_device(None, joined=False) == distributed._own_device("cuda", joined=False)
+    assert distributed._own_device("cuda:1", joined=False) == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", index) for index in (2, 2, 1)]
 
 
 # -- torchrun ------------------------------------------------------------------------------------------------------

@@ -63,7 +63,12 @@ def test_the_figures_of_the_readme_were_made_from_the_records_and_weights():
 
 def test_benchmarks_name_device_versions_and_time():
     benchmarks = build.read_benchmarks()
-    assert {record["benchmark"] for record in benchmarks.values()} == {"input_pipeline", "train_step", "epoch", "scaling"}
+    assert {record["benchmark"] for record in benchmarks.values()} == {
+        "input_pipeline",
+        "train_step",
+        "epoch",
+        "scaling",
+    }
     for record in benchmarks.values():
         assert record["device"] and record["finished"] and "torch" in record["versions"]
         assert "synthetic" not in record["data"] and record["commit"]

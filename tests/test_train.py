@@ -115,7 +115,9 @@ def test_bad_input_another_folder_than_expected(trained, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs").iterdir()
     assert trained("--expect-folder", str(folder))["history"] == record["history"]
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
-    with pytest.raises(SystemExit, match=r"the run's folder is '.*', not '.*': network, data or code differ"):
+    with pytest.raises(
+        SystemExit, match=r"the run's folder is '.*', not '.*': network, data, device type or code differ"
+    ):
         trained("--expect-folder", str(folder), "--lr", "0.5")
 
 
