@@ -35,7 +35,9 @@ def read_options(arguments=None, prog="train.py"):
     parser.add_argument("--allow-synthetic", action="store_true", help="without CIFAR-10, train on the stand-in")
     parser.add_argument("--expect-folder", help="exit unless this is the folder of the run")
     options, rest = parser.parse_known_args(arguments)
-    recipe = Config.named(options.recipe)
+    only_epochs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_epochs.add_argument("--epochs", type=int, default=argparse.SUPPRESS)
+    recipe = Config.named(options.recipe, **vars(only_epochs.parse_known_args(rest)[0]))
     try:
         return options, tyro.cli(Config, prog=prog, description=parser.format_help(), default=recipe, args=rest)
     except ValueError as error:  # a value out of range, which older releases of tyro pass on
@@ -69,7 +71,7 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
             )
     history = fit(model, *splits, config, device, checkpoint_dir=folder)
     if len(history["seconds"]) < config.epochs:
-        sys.exit("Interrupted: run the same command again to resume.")
+        sys.exit("Interrupted: run the same command again to resume." if distributed.rank() == 0 else 1)
     if distributed.rank() > 0:
         return None
     metrics = {name: values[-1] for name, values in history.items() if name != "parts"}
@@ -81,7 +83,7 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
     return record
 
 
-def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout)):
+def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout, width=config.width)):
     """Train as the command line says. Exits with status 1 and a message if it is not possible or was interrupted."""
     options, config = read_options()
     try:

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from session8.augment import PADDING, as_batch_augmentation, normalize, pad, train_transforms
+from session8.augment import as_batch_augmentation, normalize, pad, train_transforms
 from session8.data import MEAN, STD
 from session8.loaders import DeviceLoader, make_loader
+
+PADDING = 4  # pixels
 
 
 class Ours:

@@ -11,23 +11,25 @@ import albumentations as A
 import numpy as np
 import torch
 
+from session8.config import Config
 from session8.data import MEAN, STD
 from session8.device import memory_format
 
-PADDING = 4  # zero pixels on each side of a training image, before the random crop
 
-
-def train_transforms(cutout=0):
-    """Return the training augmentation: uint8 (40, 40, 3), a padded image, to uint8 (32, 32, 3).
+def train_transforms(cutout=0, flip="random"):
+    """Return the training augmentation: uint8 (H, W, 3), a padded image, to uint8 (32, 32, 3).
 
     To change the augmentation, edit the list. Normalisation is not part of it: see `normalize`.
 
     cutout: side in pixels of a square that is filled with the mean colour, placed inside the image; 0: none (DeVries
-    and Taylor 2017, arXiv:1708.04552). Raises ValueError if it is not in [0, 32].
+    and Taylor 2017, arXiv:1708.04552). flip: "random"; or "alternate", for which the loader flips the images before
+    (see `alternating_flips`). Raises ValueError if cutout is not in [0, 32].
     """
     if not 0 <= cutout <= 32:
         raise ValueError(f"cutout is {cutout}; expected 0 (none) to 32 pixels, for instance 8")
-    transforms = [A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)]
+    transforms = [A.RandomCrop(32, 32)]
+    if flip == "random":
+        transforms.append(A.HorizontalFlip(p=0.5))
     if cutout:
         side, colour = (cutout, cutout), tuple(round(255 * mean) for mean in MEAN)
         transforms.append(A.CoarseDropout((1, 1), hole_height_range=side, hole_width_range=side, fill=colour, p=1.0))
@@ -39,9 +41,22 @@ def test_transforms():
     return A.Compose([])
 
 
-def pad(images):
-    """Pad images uint8 (N, 32, 32, 3) with zeros to uint8 (N, 40, 40, 3), for the random crop."""
-    return np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+def pad(images, pixels=4, padding="zeros"):
+    """Pad images uint8 (N, 32, 32, 3) for the random crop, to uint8 (N, 32 + 2 * pixels, 32 + 2 * pixels, 3).
+
+    padding: "zeros", or "reflect", which mirrors the image at its outermost pixels.
+    """
+    widths = ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0))
+    return np.pad(images, widths, mode={"zeros": "constant", "reflect": "reflect"}[padding])
+
+
+def alternating_flips(n, seed, epoch):
+    """Return which of n images are mirrored in an epoch: bool (n,).
+
+    Each image is drawn once, with probability 0.5, and is then mirrored in every second epoch (Jordan 2024,
+    arXiv:2404.00498).
+    """
+    return (np.random.default_rng((seed, 0, 2)).random(n) < 0.5) ^ bool(epoch % 2)
 
 
 def apply_transform(transform, images, seed):
@@ -69,14 +84,18 @@ def apply_transform(transform, images, seed):
     return batch
 
 
-def augment(split, index, n, transform=None, seed=0):
+def augment(split, index, n, transform=None, seed=0, config=None):
     """Return n augmentations of one training image of a Split: uint8 (n, 32, 32, 3).
 
-    transform: an albumentations transform; `train_transforms()` if None.
+    config: the recipe whose padding and flip are used; `Config()` if None. If the flip alternates, every second result
+    is mirrored. transform: an albumentations transform; the recipe's `train_transforms` if None.
     """
-    image = pad(split.images[[index]])
-    transform = train_transforms() if transform is None else transform
-    return apply_transform(transform, np.repeat(image, n, axis=0), seed)
+    config = config or Config()
+    images = np.repeat(pad(split.images[[index]], config.crop_padding, config.padding), n, axis=0)
+    if config.flip == "alternate":
+        images[1::2] = images[1::2, :, ::-1]
+    transform = train_transforms(config.cutout, config.flip) if transform is None else transform
+    return apply_transform(transform, images, seed)
 
 
 # -- the same augmentation for whole batches ----------------------------------------------------------------------
@@ -86,13 +105,16 @@ def augment(split, index, n, transform=None, seed=0):
 class BatchAugmentation:
     """The standard augmentation for whole batches: random crop, horizontal flip, and one square hole.
 
-    flip_p, hole_p: probabilities. hole: side of the square in pixels; 0: none. fill: its colour.
+    flip_p, hole_p: probabilities. hole: side of the square in pixels; 0: none. fill: its colour. pixels: of padding.
+    alternate: mirror by `alternating_flips` instead of flip_p.
     """
 
     flip_p: float = 0.0
     hole: int = 0
     hole_p: float = 0.0
     fill: tuple[int, int, int] = (0, 0, 0)
+    pixels: int = 4
+    alternate: bool = False
 
     def draw(self, n, seed, epoch):
         """Draw the augmentation of n images for an epoch, as a function of (seed, epoch): uint8 (n, 5).
@@ -102,8 +124,9 @@ class BatchAugmentation:
         """
         rng = np.random.default_rng((seed, epoch, 1))  # the order of the images is drawn from (seed, epoch)
         draws = np.empty((n, 5), np.uint8)
-        draws[:, :2] = rng.integers(2 * PADDING + 1, size=(n, 2))
-        draws[:, 2] = rng.random(n) < self.flip_p
+        draws[:, :2] = rng.integers(2 * self.pixels + 1, size=(n, 2))
+        flips = rng.random(n) < self.flip_p
+        draws[:, 2] = alternating_flips(n, seed, epoch) if self.alternate else flips
         draws[:, 3:] = rng.integers(32 - self.hole + 1, size=(n, 2))
         draws[rng.random(n) >= self.hole_p, 3] = 32
         return draws
@@ -111,7 +134,7 @@ class BatchAugmentation:
     def apply(self, images, indices, draws):
         """Augment a batch in one gather, on the device of its arguments.
 
-        images: padded, uint8 (N, 40, 40, 3), contiguous. indices: int64 (B,). draws: int64 (B, 5). Returns uint8
+        images: padded, uint8 (N, H, H, 3), contiguous. indices: int64 (B,). draws: int64 (B, 5). Returns uint8
         (B, 32, 32, 3).
         """
         ahead = torch.arange(32, device=images.device)
@@ -132,8 +155,10 @@ def _on_device(values, device):
     return torch.tensor(values, dtype=torch.uint8, device=device)  # once: a copy in each step makes a GPU wait
 
 
-def as_batch_augmentation(transform):
+def as_batch_augmentation(transform, pixels=4, alternate=False):
     """Return the BatchAugmentation with the same distribution as an albumentations transform, or None.
+
+    pixels, alternate: of the padding and the flip that come before it.
 
     Supported: A.Compose of A.RandomCrop(32, 32), then A.HorizontalFlip, then A.CoarseDropout of one square of
     fixed size and colour; the last two are optional.
@@ -143,9 +168,11 @@ def as_batch_augmentation(transform):
     crop, *rest = transform.transforms or [None]
     if type(crop) is not A.RandomCrop or (crop.height, crop.width, crop.p, crop.pad_if_needed) != (32, 32, 1, False):
         return None
-    found = {}
+    found = {"pixels": pixels, "alternate": alternate}
     if rest and type(rest[0]) is A.HorizontalFlip:
         found["flip_p"] = float(rest.pop(0).p)
+        if alternate:
+            return None
     if rest and type(rest[0]) is A.CoarseDropout:
         dropout = rest.pop(0)
         low, high = dropout.hole_height_range

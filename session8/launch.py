@@ -19,8 +19,8 @@ def torchrun_command(processes, recipe, config, data_root=None, device=None, fol
     stand-in.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(TRAIN_SCRIPT), "--recipe", recipe]
-    named = Config.named(recipe)
+    command += [str(TRAIN_SCRIPT), "--recipe", recipe, "--epochs", str(config.epochs)]
+    named = Config.named(recipe, epochs=config.epochs)
     for name, value in vars(config).items():
         if value != getattr(named, name):
             option = name.replace("_", "-")

@@ -7,41 +7,46 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from session8.augment import (
+    alternating_flips,
     apply_transform,
     as_batch_augmentation,
     pad,
     test_transforms,
     train_transforms,
 )
+from session8.config import FLIPS, PADDINGS
 from session8.device import available_cores, get_device
 
 
 class _AugmentedSplit(Dataset):
-    """A split whose items are whole batches: (indices, seed) to (images, labels)."""
+    """A split whose items are whole batches: (indices, seed, flips) to (images, labels)."""
 
-    def __init__(self, split, transform, train):
+    def __init__(self, split, transform, padding):
         # Tensors: a spawned worker shares their memory instead of receiving a copy.
         self.images, self.labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-        self.transform, self.train = transform, train
+        self.transform, self.padding = transform, padding
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, item):
-        indices, seed = item
+        indices, seed, flips = item
         images = self.images.numpy()[indices]
-        batch = apply_transform(self.transform, pad(images) if self.train else images, seed)
+        if flips is not None:
+            images[flips] = images[flips, :, ::-1]
+        batch = apply_transform(self.transform, pad(images, *self.padding), seed)
         return torch.from_numpy(batch), self.labels[indices]
 
 
 class _BatchSampler(Sampler):
-    """Draws the batches of an epoch and their seeds in the main process, as a function of (seed, epoch).
+    """Draws the batches of an epoch, their seeds and flips in the main process, as a function of (seed, epoch).
 
     In training the batches are those of all ranks, and `share` selects a rank's rows. For testing they are of a rank's
-    own images, every world_size-th.
+    own images, every world_size-th. Flips are None unless they alternate.
     """
 
-    def __init__(self, n, batch_size, train, seed, rank=0, world_size=1):
+    def __init__(self, n, batch_size, train, seed, alternate=False, rank=0, world_size=1):
+        self.alternate = alternate
         self.order = np.arange(n) if train else np.arange(rank, n, world_size)
         self.batch_size, self.train, self.seed, self.rank, self.world_size = batch_size, train, seed, rank, world_size
         self.epoch, self.start = 0, 0
@@ -53,8 +58,10 @@ class _BatchSampler(Sampler):
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.order)) if self.train else self.order
         seeds = rng.integers(2**63, size=len(self)).tolist()
+        flips = alternating_flips(len(order), self.seed, self.epoch) if self.alternate else None
         for batch in range(self.start, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size], seeds[batch]
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield indices, seeds[batch], None if flips is None else flips[indices]
 
     def share(self, rows):
         """Return this rank's share of a batch. The shares of two ranks differ by one row at most."""
@@ -91,21 +98,23 @@ class DeviceLoader(_Epochs):
     """The batches of a split that stays on the device: padded, uint8, augmented in one gather per batch.
 
     The order of the images matches that of the DataLoader. augmentation: a BatchAugmentation, or None to keep order and
-    images. rank, world_size: as in `make_loader`.
+    images. padding, rank, world_size: as in `make_loader`.
     """
 
-    def __init__(self, split, batch_size, augmentation, seed, device, rank=0, world_size=1):
+    def __init__(self, split, batch_size, augmentation, seed, device, padding="zeros", rank=0, world_size=1):
         self.dataset, self.transform, self.seed, self.device = split, augmentation, seed, device
         self.augmentation = f"batched on {device.type}"
-        self.images = torch.from_numpy(split.images if augmentation is None else pad(split.images)).to(device)
+        images = split.images if augmentation is None else pad(split.images, augmentation.pixels, padding)
+        self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.sampler = _BatchSampler(len(split), batch_size, augmentation is not None, seed, rank, world_size)
+        train = augmentation is not None  # which draws its own flips
+        self.sampler = _BatchSampler(len(split), batch_size, train, seed, rank=rank, world_size=world_size)
 
     def __len__(self):
         return len(self.sampler)
 
     def __iter__(self):
-        batches = [self.sampler.share(torch.from_numpy(indices)) for indices, _ in self.sampler]
+        batches = [self.sampler.share(torch.from_numpy(indices)) for indices, *_ in self.sampler]
         if not batches:
             return
         plan = torch.cat(batches)[:, None]
@@ -134,6 +143,7 @@ def make_loader(
     transform=None,
     device=None,
     padding="zeros",
+    crop_padding=4,
     flip="random",
     rank=0,
     world_size=1,
@@ -145,10 +155,11 @@ def make_loader(
     batch may be smaller. The batches of each kind depend on `seed` and on the epoch passed to the loader's
     `set_epoch(n)`, not on `num_workers`, which a DeviceLoader does not use.
 
-    train: pad each image by 4 pixels, shuffle and augment; otherwise keep order and images. num_workers: worker
+    train: pad each image, shuffle and augment; otherwise keep order and images. num_workers: worker
     processes; by default up to 4 for training on CUDA and 0 otherwise, since on a CPU training needs the cores.
     transform: an albumentations transform; by default `train_transforms()` or `test_transforms()`. device: what the
-    batches are for, as in `get_device`. padding: of training images, "zeros" so far. flip: "random" so far.
+    batches are for, as in `get_device`. padding, crop_padding: of training images, as in `augment.pad`. flip: "random",
+    which is the transform's task; or "alternate", which flips images by `augment.alternating_flips` before it.
 
     rank, world_size: the process and the number of processes that share the images. The loader yields the rank's share
     of each training batch, of nearly equal sizes, which together are the batch of a single process; and every
@@ -161,7 +172,7 @@ def make_loader(
     device = get_device(device)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1, for instance 128")
-    for name, value, known in (("padding", padding, ("zeros",)), ("flip", flip, ("random",))):
+    for name, value, known in (("padding", padding, PADDINGS), ("flip", flip, FLIPS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
     if num_workers is None:
@@ -169,7 +180,7 @@ def make_loader(
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}; expected 0 (load in the main process) or more")
     if transform is None:
-        transform = train_transforms() if train else test_transforms()
+        transform = train_transforms(flip=flip) if train else test_transforms()
     if not isinstance(transform, A.BaseCompose | A.BasicTransform):
         raise TypeError(f"transform is {transform!r}; expected an albumentations transform, such as A.Compose([...])")
     smallest = len(split) % batch_size or min(batch_size, len(split))
@@ -178,13 +189,16 @@ def make_loader(
             f"{world_size} processes share the last batch of {smallest} images: use at most {smallest} processes, or "
             f"another batch_size than {batch_size}"
         )
-    if device.type == "cuda":
-        loader = _make_device_loader(split, batch_size, train, seed, transform, device, rank, world_size)
-        if loader is not None:
-            return loader
+    augmentation = as_batch_augmentation(transform, crop_padding, flip == "alternate") if train else None
+    supported = augmentation is not None if train else getattr(transform, "transforms", None) == []
+    if device.type == "cuda" and supported:
+        try:
+            return DeviceLoader(split, batch_size, augmentation, seed, device, padding, rank, world_size)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"The images do not fit in the memory of {device} ({error}): they stay on the CPU.", flush=True)
     return _Loader(
-        _AugmentedSplit(split, transform, train),
-        sampler=_BatchSampler(len(split), batch_size, train, seed, rank, world_size),
+        _AugmentedSplit(split, transform, (crop_padding, padding) if train else (0, "zeros")),
+        sampler=_BatchSampler(len(split), batch_size, train, seed, train and flip == "alternate", rank, world_size),
         batch_size=None,  # the sampler yields whole batches
         num_workers=num_workers,
         worker_init_fn=_init_worker,
@@ -192,15 +206,3 @@ def make_loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # otherwise each epoch draws from the global one, which dropout uses
     )
-
-
-def _make_device_loader(split, batch_size, train, seed, transform, device, rank, world_size):
-    """Return a DeviceLoader for a transform, or None if it is not supported or the device's memory is too small."""
-    augmentation = as_batch_augmentation(transform) if train else None
-    if (train and augmentation is None) or (not train and getattr(transform, "transforms", None) != []):
-        return None
-    try:
-        return DeviceLoader(split, batch_size, augmentation, seed, device, rank, world_size)
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"The images do not fit in the memory of {device} ({error}): they stay on the CPU.", flush=True)
-        return None

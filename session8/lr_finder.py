@@ -26,8 +26,8 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
     """
     device = get_device(device)
     state = None if checkpoint_dir is None else load_checkpoint(checkpoint_dir)
-    left = config.epochs - (state["epoch"] if state else 0)
-    if left <= 0:
+    sizes = [config.image_size(epoch) for epoch in range(state["epoch"] if state else 0, config.epochs)]
+    if not sizes:
         return 0.0
     trainer = Trainer(deepcopy(model), train_split, test_split, config, device, num_workers=0)
 
@@ -43,8 +43,13 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
         synchronize(device)
         return len(loader) * (time.perf_counter() - started) / (timed - warmup_steps)
 
-    def train_one(images, labels):
-        train_step(trainer.model, images, labels, trainer.optimizer, trainer.scaler, config, device)
+    def train_one(size):
+        def step(images, labels):
+            train_step(trainer.model, images, labels, trainer.optimizer, trainer.scaler, config, device, size=size)
+            if trainer.average is not None:
+                trainer.average.update_parameters(trainer.model)
+
+        return step
 
     def test_one(images, _):
         with torch.no_grad(), autocast(config.precision, device):
@@ -52,10 +57,13 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
 
     with torch.random.fork_rng(range(torch.cuda.device_count())), backend_flags(config):
         trainer.model.train()
-        seconds = seconds_per_pass(trainer.train_loader, train_one, steps=25, warmup_steps=5)
+        seconds = {
+            size: seconds_per_pass(trainer.train_loader, train_one(size), steps=25, warmup_steps=5)
+            for size in set(sizes)
+        }
         trainer.model.eval()
-        seconds += seconds_per_pass(trainer.test_loader, test_one, steps=4, warmup_steps=1)
-    return left * seconds
+        test_seconds = seconds_per_pass(trainer.test_loader, test_one, steps=4, warmup_steps=1)
+    return sum(seconds[size] + test_seconds for size in sizes)
 
 
 class LRRange(NamedTuple):

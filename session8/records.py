@@ -130,22 +130,34 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model):
-    """Return the multiply-accumulates (MACs) of a forward pass on one (3, 32, 32) image.
+def count_macs(model, size=32):
+    """Return the multiply-accumulates (MACs) of a forward pass on one (3, size, size) image.
 
     Counts convolutions and matrix products. The model and the random states are unchanged.
     """
     copy = deepcopy(model).cpu().eval()  # in training mode the pass would update batch norm's statistics
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy(torch.zeros(1, 3, 32, 32))
+        copy(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
+
+
+def training_pflop(model, config, n_train, epochs):
+    """Return the floating-point operations of so many epochs in 10^15: 6 per multiply-accumulate and image.
+
+    Two are of the forward pass and four of the backward pass. Each epoch counts at the size of its images; tests do not
+    count.
+    """
+    sizes = [config.image_size(epoch) for epoch in range(epochs)]
+    macs = {size: count_macs(model, size) for size in set(sizes)}
+    return 6 * n_train * sum(macs[size] for size in sizes) / 1e15
 
 
 def write_record(path, model, train_split, test_split, config, history, device):
     """Write the record of a run as JSON, atomically, and return it as a dict.
 
     Fields:
-        model, width, parameters, macs: class name and size of the network; MACs are per image.
+        model, width, parameters, macs: class name and size of the network; MACs are per image of 32 by 32 pixels.
+        pflop: the operations of training, from `training_pflop`.
         data, data_fingerprint, n_train, n_test: the source of the images, which says if they are synthetic.
         config, batch_size: the recipe, and the batch size on the device.
         history: as returned by `fit`; accuracies in percent, seconds per epoch.
@@ -161,6 +173,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
         "width": getattr(model, "width", None),
         "parameters": count_parameters(model),
         "macs": count_macs(model),
+        "pflop": round(training_pflop(model, config, len(train_split), len(history["seconds"])), 6),
         "data": test_split.source,
         "data_fingerprint": data_fingerprint(train_split, test_split),
         "n_train": len(train_split),

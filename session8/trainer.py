@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from session8 import distributed
 from session8.augment import train_transforms
@@ -52,11 +53,23 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(model))  # a copy, since it changes its argument
         self.model = self.replica = model  # the replica is what takes training steps
         shared = {"device": self.device, "rank": rank, "world_size": world_size}
-        batch_size, transform = config.batch_size_on(self.device), train_transforms(config.cutout)
         self.train_loader = make_loader(
-            train_split, batch_size, seed=config.seed, num_workers=num_workers, transform=transform, **shared
+            train_split,
+            config.batch_size_on(self.device),
+            seed=config.seed,
+            num_workers=num_workers,
+            transform=train_transforms(config.cutout, config.flip),
+            padding=config.padding,
+            crop_padding=config.crop_padding,
+            flip=config.flip,
+            **shared,
         )
         self.test_loader = make_loader(test_split, TEST_BATCH_SIZE, train=False, **shared)
+        self.average = None  # of the weights, which then is what is tested and what `fit` leaves in the model
+        if config.ema_decay:
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+            )
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config, self.device)
         self.epoch, self.progress = 0, Progress()
@@ -81,6 +94,13 @@ class Trainer:
         """Give every rank the running statistics of rank 0's batch norm. On CUDA they are equal already."""
         if self.world_size > 1:
             distributed.broadcast_buffers(self.model)
+            if self.average is not None:
+                distributed.broadcast_buffers(self.average)
+
+    @property
+    def result(self):
+        """The model to test and to keep."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def epochs_done(self):
@@ -95,6 +115,7 @@ class Trainer:
         self.share_statistics()
         return {
             "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # its settings follow from the recipe and the device
             "scaler": self.scaler.state_dict(),
             "rng": distributed.gather(rng_state(self.device)) if self.world_size > 1 else [rng_state(self.device)],
@@ -106,6 +127,8 @@ class Trainer:
     def load_state_dict(self, state):
         """Restore what `state_dict` returned, possibly on another device or with another number of processes."""
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
         for parameter, entry in self.optimizer.state.items():
             for name, value in entry.items():
@@ -142,15 +165,17 @@ class Trainer:
             if on_refresh:
                 on_refresh()
 
-        print(f"Epoch {self.epoch + 1}", flush=True)
+        size = self.config.image_size(self.epoch)
+        small = f" ({size} by {size} pixels)" if self.config.low_res_epochs else ""
+        print(f"Epoch {self.epoch + 1}{small}", flush=True)
         self.train_loader.set_epoch(self.epoch, self.progress.batches)
         trained = train(
             self.replica, self.train_loader, self.optimizer, self.config, self.device, self.epoch, self.scaler,
-            self.progress, refresh,
+            self.progress, refresh, self.average,
         )  # fmt: skip
         self.share_statistics()
-        tested = test(self.model, self.test_loader, self.config, self.device)
-        lr = self.config.lr_at((self.epoch + 1 - 0.5 / len(self.train_loader)) / self.config.epochs)  # of the last step
+        tested = test(self.result, self.test_loader, self.config, self.device)
+        lr = self.config.lr_at(self.config.progress(self.epoch + 1 - 0.5 / len(self.train_loader)))  # of the last step
         if not math.isfinite(tested[0]):
             raise TrainingDiverged(f"the test loss became {tested[0]}", self.epoch, self.progress.batches - 1, lr)
         self.check_finite()
@@ -178,7 +203,7 @@ def run_folder(model, train_split, test_split, config, device=None, base="runs")
 
 
 def _identity(model, train_split, test_split, config, device):
-    optimizer, transform = make_optimizer(model, config), train_transforms(config.cutout)
+    optimizer, transform = make_optimizer(model, config), train_transforms(config.cutout, config.flip)
     return run_identity(model, train_split, test_split, config, device, optimizer, transform)
 
 
@@ -188,7 +213,8 @@ def fit(
     """Train a model in place with a recipe, and test it after every epoch.
 
     The test accuracy is only shown: there is no early stopping and no selection of the best epoch. Ctrl-C ends
-    training and restores history and weights of the end of the last epoch, or of the start of this call.
+    training and restores history and weights of the end of the last epoch, or of the start of this call. With
+    `config.ema_decay`, the moving average of the weights is tested, and left in the model.
 
     Under torchrun, or with a process group of the caller's, the processes share each batch (PyTorch's
     DistributedDataParallel) and the test images. All must make the same call. Rank 0 prints and writes checkpoints.
@@ -244,8 +270,8 @@ def fit(
         print_history(trainer.history, len(test_split))
         if trainer.epoch < config.epochs:
             _train_to_the_end(trainer, checkpoints, checkpoint_dir)
-        if trainer.model is not model:
-            model.load_state_dict(trainer.model.state_dict())
+        if trainer.result is not model:
+            model.load_state_dict(trainer.result.state_dict())
         model.eval()
         return trainer.history
 

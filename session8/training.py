@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from session8 import distributed
@@ -23,17 +24,28 @@ from session8.records import test_line
 REFRESH_SECONDS = 0.5  # interval at which the progress bar is refreshed and the device is read
 REFRESH_BATCHES = 20  # the same for several processes, which must refresh together and have clocks of their own
 TEST_BATCH_SIZE = 500
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 # -- one step ------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, config):
-    """Return SGD as in the recipe. Weight decay applies to parameters with two or more dimensions only."""
+    """Return SGD as in the recipe. Weight decay applies to parameters with two or more dimensions only.
+
+    The biases of batch norm are a group of their own if their learning rate is scaled (Page 2018, "How to train your
+    ResNet"; Jordan 2024, arXiv:2404.00498). `lr_scale` of a group is the factor on its rate.
+    """
+    batch_norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.affine]
+    scaled = {id(m.bias) for m in batch_norms} if config.bias_lr_scale != 1 else set()
+    small = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in small if id(p) not in scaled], "weight_decay": 0.0},
     ]
+    if scaled:
+        biases = [p for p in small if id(p) in scaled]
+        groups.append({"params": biases, "weight_decay": 0.0, "lr_scale": config.bias_lr_scale})
     # Unfused, SGD synchronises with the GPU in every step that scales the loss for float16.
     fused = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
@@ -50,18 +62,18 @@ def make_scaler(config, device):
     return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
 
 
-def train_step(model, images, labels, optimizer, scaler, config, device, weight=1.0):
+def train_step(model, images, labels, optimizer, scaler, config, device, weight=1.0, size=32):
     """Take one step of SGD on images, uint8 (B, 32, 32, 3), and labels, int64 (B,).
 
     weight: factor on the loss. If processes have shares of unequal sizes, it makes the mean of their gradients that of
-    the whole batch.
+    the whole batch. size: side in pixels to which the images are scaled down first.
 
     Returns the batch's mean NLL, without label smoothing, and its number of correct predictions, both as tensors on
     the device: reading them would wait for it.
     """
     labels = labels.to(device, non_blocking=labels.is_pinned())
     with autocast(config.precision, device):
-        outputs = model(normalize(images, device))
+        outputs = model(scale_down(normalize(images, device), size))
     # Log-probabilities stay as they are; the logits of other networks become log-probabilities.
     log_probs = F.log_softmax(outputs.float(), dim=1)
     nll = F.nll_loss(log_probs, labels)
@@ -72,6 +84,13 @@ def train_step(model, images, labels, optimizer, scaler, config, device, weight=
     scaler.step(optimizer)
     scaler.update()
     return nll.detach(), (log_probs.detach().argmax(1) == labels).sum()
+
+
+def scale_down(images, size):
+    """Scale float (B, C, H, H) down to (B, C, size, size) with an antialiasing bilinear filter."""
+    if size == images.shape[-1]:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 class TrainingDiverged(RuntimeError):
@@ -99,12 +118,12 @@ class Progress:
     seconds: float = 0.0
 
 
-def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progress=None, on_refresh=None):
+def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progress=None, on_refresh=None, average=None):
     """Train for one epoch with a progress bar, which shows the last batch's loss and the epoch's accuracy so far.
 
-    epoch: its index, from 0, which sets the learning rate. scaler: from `make_scaler`. progress: counters of an epoch
-    that is partly done, updated when the bar is refreshed; the loader must start at the same batch. on_refresh: called
-    after each refresh.
+    epoch: its index, from 0, which sets the learning rate and the size of the images. scaler: from `make_scaler`.
+    progress: counters of an epoch that is partly done, updated when the bar is refreshed; the loader must start at the
+    same batch. on_refresh: called after each refresh. average: an AveragedModel to update after each step.
 
     If the loader yields one rank's share of each batch, the model must be a DistributedDataParallel; all ranks show and
     return the results of all images.
@@ -116,6 +135,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
     scaler = scaler or make_scaler(config, device)
     progress = Progress() if progress is None else progress
     world_size = getattr(loader, "world_size", 1)
+    size = config.image_size(epoch)
     model.train()
     pending, refreshed = [], time.monotonic()
     with (
@@ -123,12 +143,14 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
         tqdm(total=len(loader), initial=progress.batches, file=sys.stdout, mininterval=0, miniters=1) as bar,
     ):
         for batch_id, (images, labels) in enumerate(loader, start=progress.batches):
-            lr = config.lr_at((epoch + (batch_id + 0.5) / len(loader)) / config.epochs)  # at the middle of the step
+            lr = config.lr_at(config.progress(epoch + (batch_id + 0.5) / len(loader)))  # at the middle of the step
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             n = loader.global_size(batch_id) if world_size > 1 else len(labels)
             weight = len(labels) * world_size / n  # DistributedDataParallel takes the mean over the ranks
-            nll, correct = train_step(model, images, labels, optimizer, scaler, config, device, weight)
+            nll, correct = train_step(model, images, labels, optimizer, scaler, config, device, weight, size)
+            if average is not None:
+                average.update_parameters(model)
             pending.append((nll, correct, lr, len(labels), n))
             if world_size > 1:
                 due = (batch_id + 1) % REFRESH_BATCHES == 0

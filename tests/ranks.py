@@ -20,7 +20,12 @@ from session8.data import Split
 from session8.loaders import make_loader
 from session8.trainer import fit
 
-RECIPE = Config(epochs=3, batch_size=25, lr=0.02, seed=3)  # of 130 images: five batches of 25, and one of 5
+# Of 130 images: five batches of 25, and one of 5. With all that a recipe can ask for.
+RECIPE = Config(
+    epochs=3, batch_size=25, lr=0.02, seed=3, padding="reflect", flip="alternate", low_res_epochs=1, ema_decay=0.9,
+    bias_lr_scale=2.0,
+)  # fmt: skip
+PLAIN = replace(RECIPE, low_res_epochs=0)  # for linear networks
 UNEVEN = Config(epochs=1, batch_size=5, lr=0.02, label_smoothing=0.2, precision="float32")  # of 13 images: 5, 5, 3
 RESUMED = Config(epochs=3, batch_size=25, lr=0.002, label_smoothing=0.1, precision="float32")
 TEST_SIZES = (100, 7, 2)
@@ -142,7 +147,7 @@ def checks(rank, world_size, folder):
         model.head.weight.data[0, 0] = float("nan")
 
     model = Fails(4 if rank == 1 else 0, nan)
-    found["nan"] = outcome(fit, model, *splits(), RECIPE, "cpu", folder / f"nan-{world_size}", **every)
+    found["nan"] = outcome(fit, model, *splits(), PLAIN, "cpu", folder / f"nan-{world_size}", **every)
     found["nan, saved"] = checkpoint.load_checkpoint(folder / f"nan-{world_size}")["model"]
 
     save = checkpoint.save_checkpoint
@@ -152,30 +157,30 @@ def checks(rank, world_size, folder):
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         checkpoint.save_checkpoint = full
-        found["full"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu", folder / f"full-{world_size}", **every)
+        found["full"] = outcome(fit, Linear(), *splits(), PLAIN, "cpu", folder / f"full-{world_size}", **every)
         checkpoint.save_checkpoint = save
     found["full, log"] = printed.getvalue()
 
     # Bad input on one rank, or on all.
     started = time.monotonic()
     last = rank == world_size - 1
-    recipe = replace(RECIPE, lr=0.03) if last else RECIPE
+    recipe = replace(PLAIN, lr=0.03) if last else PLAIN
     found["configuration"] = outcome(fit, Linear(), *splits(), recipe, "cpu")
-    found["data"] = outcome(fit, Linear(), *splits(130 + last), RECIPE, "cpu")
-    found["folder"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu", folder / f"own-{world_size}-{last}")
-    found["folder or none"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu", None if last else folder / "x")
+    found["data"] = outcome(fit, Linear(), *splits(130 + last), PLAIN, "cpu")
+    found["folder"] = outcome(fit, Linear(), *splits(), PLAIN, "cpu", folder / f"own-{world_size}-{last}")
+    found["folder or none"] = outcome(fit, Linear(), *splits(), PLAIN, "cpu", None if last else folder / "x")
     (folder / "a file").touch()
-    found["file"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu", folder / "a file" if last else folder / "x")
-    found["too many"] = outcome(fit, Linear(), *splits(126), RECIPE, "cpu")  # the last batch has one image
+    found["file"] = outcome(fit, Linear(), *splits(), PLAIN, "cpu", folder / "a file" if last else folder / "x")
+    found["too many"] = outcome(fit, Linear(), *splits(126), PLAIN, "cpu")  # the last batch has one image
     trainer.arithmetic = lambda *_: "bfloat16" if last else "float32"  # as with GPUs of two generations
-    found["arithmetic"] = outcome(fit, Linear(), *splits(), RECIPE, "cpu")
+    found["arithmetic"] = outcome(fit, Linear(), *splits(), PLAIN, "cpu")
     trainer.arithmetic = device.arithmetic
     load = checkpoint.load_checkpoint
     checkpoint.load_checkpoint = lambda *arguments: {**load(*arguments), "epoch": int(last)}
     model = FailingNetwork()
     found["checkpoint"] = outcome(fit, model, *splits(), RECIPE, "cpu", folder / f"unbroken-{world_size}")
     checkpoint.load_checkpoint = load
-    found["device"] = outcome(fit, Linear(), *splits(), RECIPE, "cuda:7" if last else "cpu")
+    found["device"] = outcome(fit, Linear(), *splits(), PLAIN, "cuda:7" if last else "cpu")
     found["seconds"] = time.monotonic() - started
     found["left"] = sorted(path.name for path in folder.glob("*/shared-*"))
     return found

@@ -27,7 +27,7 @@ def options_of(command):
 def test_the_command_starts_torchrun_on_this_machine_with_the_projects_script():
     command = torchrun_command(3, "default", Config())
     assert command[:5] == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    assert os.path.samefile(command[5], train.__file__) and command[6:] == ["--recipe", "default"]
+    assert os.path.samefile(command[5], train.__file__) and command[6:] == ["--recipe", "default", "--epochs", "40"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -35,6 +35,7 @@ def test_the_command_starts_torchrun_on_this_machine_with_the_projects_script():
 def test_the_command_passes_every_change_of_the_recipe(recipe, field):
     named = Config.named(recipe)
     values = {"schedule": "one_cycle", "precision": "float32", "batch_size": None, "nesterov": not named.nesterov}
+    values |= {"padding": "reflect", "flip": "alternate", "low_res_size": 28, "epochs": 8}
     config = replace(named, **{field.name: values.get(field.name, OTHER.get(field.type))})
     options, read = options_of(torchrun_command(2, recipe, config, "a folder", "cpu", "runs/1234"))
     assert read == config and (options.recipe, options.device) == (recipe, "cpu")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import class_folders, position_coded, read_positions
-from networks import same_weights, small_network
+from networks import CPU, same_weights, small_network
 
 from session8 import loaders, trainer, training
 from session8.augment import as_batch_augmentation, train_transforms
@@ -99,7 +99,7 @@ def test_a_spawned_worker_can_be_given_the_augmented_batches():
     # Windows and macOS spawn their workers: what they need must survive pickling.
     dataset = make_loader(synthetic_cifar10(20, 10)[0], 10).dataset
     copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[np.arange(10), 7][0], dataset[np.arange(10), 7][0])
+    assert torch.equal(copy[np.arange(10), 7, None][0], dataset[np.arange(10), 7, None][0])
 
 
 @pytest.mark.parametrize("device, workers", [(None, 4), ("cpu", 0), ("cuda", 4), (torch.device("cuda"), 4)])
@@ -160,7 +160,7 @@ def test_bad_input_padding_and_flip(keyword, value):
 
 def device_loader(split, batch_size, seed=0, transform=None):
     augmentation = as_batch_augmentation(transform or train_transforms(cutout=8))
-    return DeviceLoader(split, batch_size, augmentation, seed, torch.device("cpu"))
+    return DeviceLoader(split, batch_size, augmentation, seed, CPU)
 
 
 def test_device_batches_have_the_order_labels_and_sizes_of_the_albumentations_loader():
@@ -183,7 +183,7 @@ def test_device_batches_are_the_draws_of_their_images():
     loader.set_epoch(2)
     images = torch.cat([images for images, _ in loader])
     draws = as_batch_augmentation(train_transforms()).draw(50, seed=5, epoch=2)
-    order = np.concatenate([indices for indices, _ in loader.sampler])
+    order = np.concatenate([indices for indices, *_ in loader.sampler])
     rows, columns, flips = read_positions(images)
     assert np.array_equal(np.column_stack([rows, columns, flips]), draws[order, :3])
 
@@ -208,7 +208,7 @@ def test_device_batches_differ_by_epoch_and_seed():
 
 def test_device_batches_for_testing_keep_order_and_images():
     split = synthetic_cifar10(10, 70)[1]
-    result = batches(DeviceLoader(split, 32, None, 0, torch.device("cpu")))
+    result = batches(DeviceLoader(split, 32, None, 0, CPU))
     images, labels = (torch.cat(part) for part in zip(*result, strict=True))
     assert np.array_equal(images, split.images) and np.array_equal(labels, split.labels) and len(result) == 3
 
@@ -242,21 +242,81 @@ def test_a_run_with_device_batches_learns_and_resumes_bitwise(monkeypatch, tmp_p
     assert expected[2][-1] > 40
 
 
+# -- alternating flip and padding ------------------------------------------------------------------------------------
+
+
+def make_both_ways(split, flip, padding="zeros", pixels=4, transform=None):
+    """Return the loader with albumentations, and the one whose batches are made on the device."""
+    transform = transform or train_transforms(flip=flip)
+    augmentation = as_batch_augmentation(transform, pixels, flip == "alternate")
+    return (
+        make_loader(split, 16, seed=5, transform=transform, flip=flip, padding=padding, crop_padding=pixels),
+        DeviceLoader(split, 16, augmentation, 5, CPU, padding),
+    )
+
+
+def test_alternating_flips_mirror_each_image_in_every_second_epoch_both_ways():
+    split = position_coded(2000)
+    seen = []
+    for loader in make_both_ways(split, "alternate"):
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            flips = read_positions(torch.cat([images for images, _ in loader]))[2]
+            order = np.concatenate([indices for indices, *_ in loader.sampler])
+            seen.append(flips[np.argsort(order)])  # by image
+    for first, second, third in (seen[:3], seen[3:]):
+        assert np.array_equal(first, ~second) and np.array_equal(first, third)
+        assert 900 < first.sum() < 1100  # of 2000; the standard deviation is 22
+    assert np.array_equal(seen[0], seen[3])  # the same draw both ways
+
+
+def test_crops_of_reflected_padding_both_ways():
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), np.arange(40) % 10, "noise")
+    padded = np.empty((40, 36, 36, 3), np.uint8)  # by hand: row -1 is row 1, row 32 is row 30
+    mirrored = [abs(i) if i < 32 else 62 - i for i in range(-2, 34)]
+    padded[:] = split.images[:, mirrored][:, :, mirrored]
+    for loader in make_both_ways(split, "random", "reflect", 2):
+        offsets = set()
+        for epoch in range(4):
+            loader.set_epoch(epoch)
+            for image, index in zip(
+                torch.cat([images for images, _ in loader]).numpy(),
+                np.concatenate([indices for indices, *_ in loader.sampler]),
+                strict=True,
+            ):
+                crops = {
+                    (top, left, flipped): padded[index, top : top + 32, left : left + 32][:, :: -1 if flipped else 1]
+                    for top in range(5)
+                    for left in range(5)
+                    for flipped in (False, True)
+                }
+                (found,) = [place for place, crop in crops.items() if np.array_equal(crop, image)]
+                offsets.add(found[:2])
+        assert len(offsets) > 20 and {0, 4} <= {top for top, _ in offsets}  # of 25
+
+
+def test_a_list_that_flips_by_itself_is_not_combined_with_alternating_flips_on_the_device():
+    assert as_batch_augmentation(train_transforms(), alternate=True) is None
+    assert as_batch_augmentation(train_transforms(flip="alternate"), alternate=True).alternate
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["albumentations", "two workers", "device"])
-@pytest.mark.parametrize("world_size, start", [(2, 0), (3, 0), (3, 2)])
-def test_the_shares_of_all_ranks_are_the_batches_of_one_process(where, world_size, start):
+@pytest.mark.parametrize("world_size, start, flip", [(2, 0, "random"), (3, 0, "alternate"), (3, 2, "alternate")])
+def test_the_shares_of_all_ranks_are_the_batches_of_one_process(where, world_size, start, flip):
     split = synthetic_cifar10(70, 10)[0]  # batches of 32, 32 and 6
 
     def load(rank, world_size):
         if where == "device":
-            augmentation = as_batch_augmentation(train_transforms(cutout=8))
-            loader = DeviceLoader(split, 32, augmentation, 5, torch.device("cpu"), rank, world_size)
+            augmentation = as_batch_augmentation(train_transforms(8, flip), alternate=flip == "alternate")
+            loader = DeviceLoader(split, 32, augmentation, 5, CPU, rank=rank, world_size=world_size)
         else:
             workers = 2 if where == "two workers" else 0
-            loader = make_loader(split, 32, seed=5, num_workers=workers, rank=rank, world_size=world_size)
+            share = {"rank": rank, "world_size": world_size}
+            loader = make_loader(split, 32, seed=5, num_workers=workers, flip=flip, **share)
         loader.set_epoch(3, start)
         assert loader.world_size == world_size and [loader.global_size(batch) for batch in range(3)] == [32, 32, 6]
         return batches(loader)
@@ -274,7 +334,7 @@ def test_each_test_image_is_of_one_rank(n, world_size):
     split = synthetic_cifar10(10, n)[1]
     for make in (
         lambda rank: make_loader(split, 8, train=False, rank=rank, world_size=world_size),
-        lambda rank: DeviceLoader(split, 8, None, 0, torch.device("cpu"), rank, world_size),
+        lambda rank: DeviceLoader(split, 8, None, 0, CPU, rank=rank, world_size=world_size),
     ):
         for rank in range(world_size):
             loader = make(rank)
@@ -299,7 +359,7 @@ def with_cuda(monkeypatch):
     made = []
 
     class Noted:
-        def __init__(self, split, batch_size, augmentation, seed, device, rank, world_size):
+        def __init__(self, split, batch_size, augmentation, seed, device, *_):
             made.append((augmentation, device.type))
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

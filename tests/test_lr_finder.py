@@ -31,9 +31,9 @@ def half_a_second_per_step(monkeypatch):
     monkeypatch.setattr("session8.lr_finder.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def pass_time(function):
-        def timed(*arguments):
-            now[0] += 0.5
-            return function(*arguments)
+        def timed(*arguments, size=32):
+            now[0] += 0.5 if size == 32 else 0.25
+            return function(*arguments) if size == 32 else function(*arguments, size=size)
 
         return timed
 
@@ -45,6 +45,15 @@ def half_a_second_per_step(monkeypatch):
 def test_estimate_is_of_all_steps_of_all_epochs(synthetic, half_a_second_per_step, batch_size, batches):
     config = Config(epochs=3, batch_size=batch_size)  # 300 training images; the 100 test images are one batch
     assert estimate_seconds(Linear(), *synthetic, config, "cpu") == pytest.approx(3 * (batches + 1) * 0.5)
+
+
+def test_estimate_counts_small_images_at_their_own_time(synthetic, half_a_second_per_step, tmp_path):
+    config = Config(epochs=5, batch_size=100, low_res_epochs=3, low_res_size=16, ema_decay=0.9)
+    model = small_network()
+    expected = 3 * (3 * 0.25 + 0.5) + 2 * (3 * 0.5 + 0.5)
+    assert estimate_seconds(model, *synthetic, config, "cpu") == pytest.approx(expected)
+    save_checkpoint(tmp_path, {"epoch": 2})
+    assert estimate_seconds(model, *synthetic, config, "cpu", tmp_path) == pytest.approx(expected - 2 * (0.75 + 0.5))
 
 
 def test_estimate_does_not_count_epochs_that_are_done(synthetic, half_a_second_per_step, tmp_path):

@@ -41,7 +41,9 @@ def test_run_folder_is_named_after_configuration_network_augmentation_optimizer_
         name(splits=(Split(images, synthetic[0].labels, "one bit differs"), synthetic[1])),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_transforms", lambda _: A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)]))
+        patch.setattr(
+            trainer, "train_transforms", lambda *_: A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)])
+        )
         others.append(name())
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "make_optimizer", lambda model, _: torch.optim.Adam(model.parameters()))
@@ -50,6 +52,15 @@ def test_run_folder_is_named_after_configuration_network_augmentation_optimizer_
         patch.setattr(Config, "batch_size_on", lambda *_: 128)  # as on an accelerator
         others.append(name())
     assert len({first, *others}) == 1 + len(others)
+
+
+def test_operations_of_training_count_each_epoch_at_its_size():
+    model = AdvancedCNN(width=0.5)
+    config = Config(epochs=5, low_res_epochs=2, low_res_size=24)
+    small, full = count_macs(model, 24), count_macs(model)
+    assert 0.45 < small / full < 0.6
+    assert records.training_pflop(model, config, 1000, 5) == pytest.approx(6e-12 * (2 * small + 3 * full))
+    assert records.training_pflop(model, config, 1000, 1) == pytest.approx(6e-12 * small)
 
 
 def test_a_changed_comment_does_not_rename_a_run(synthetic, monkeypatch):

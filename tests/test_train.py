@@ -29,6 +29,7 @@ def test_options_start_from_the_recipe_and_change_its_fields():
     assert (options.data, options.recipe, options.publish, options.device) == ("DIR", "one_cycle", False, None)
     assert config == Config.named("one_cycle", epochs=5, lr=0.05)
     assert train.read_options([])[1] == Config()
+    assert train.read_options(["--recipe", "fast", "--epochs", "2"])[1] == Config.named("fast", epochs=2)
     assert train.read_options(["--batch-size", "64", "--no-nesterov", "--seed", "3"])[1] == Config(
         batch_size=64, seed=3
     )

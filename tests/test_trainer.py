@@ -320,7 +320,7 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
         named = "optimizer was 'SGD' and is 'Adam'"
     elif what == "augmentation":
         flipped = A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(p=0.1)])
-        monkeypatch.setattr(trainer, "train_transforms", lambda _: flipped)
+        monkeypatch.setattr(trainer, "train_transforms", lambda *_: flipped)
         named = r"augmentation was .*HorizontalFlip\(p=0.5\).* and is .*HorizontalFlip\(p=0.1\)"
     elif what == "batch size":
         monkeypatch.setattr(Config, "batch_size_on", lambda *_: 128)  # as on an accelerator
@@ -402,6 +402,75 @@ def test_bad_input_checkpoint_seconds(synthetic, tmp_path):
         fit(Linear(), *synthetic, EXACT, "cpu", tmp_path, checkpoint_seconds=-1)
 
 
+# -- small images and averaged weights --------------------------------------------------------------------------------
+
+FAST = Config.named("fast", epochs=4, batch_size=25, lr=0.02, width=0.5, ema_decay=0.9)  # 2 of 4 epochs are small
+
+
+@pytest.fixture(scope="module")
+def unbroken_fast(synthetic):
+    model = Interrupted()
+    return model, fit(model, *synthetic, FAST, "cpu")
+
+
+def test_the_first_epochs_train_on_small_images_and_all_test_at_full_size(synthetic, capsys):
+    sizes = []
+
+    class Watched(Interrupted):
+        def forward(self, x):
+            sizes.append((self.training, x.shape[-1]))
+            return super().forward(x)
+
+    fit(Watched(), *synthetic, FAST, "cpu")
+    small, full, tested = [(True, 24)] * 12, [(True, 32)] * 12, [(False, 32)]
+    assert sizes == [*small, *tested, *small, *tested, *full, *tested, *full, *tested]
+    log = capsys.readouterr().out
+    assert log.count("(24 by 24 pixels)") == log.count("(32 by 32 pixels)") == 2
+
+
+@pytest.mark.parametrize("at", [5, 13, 20, 30])  # in small epochs, at the first step of the second, and in a full one
+def test_resume_of_small_images_and_averaged_weights_is_bitwise_equal(
+    unbroken_fast, synthetic, tmp_path, every_step, at
+):
+    fit(Interrupted(at), *synthetic, FAST, "cpu", tmp_path, **every_step)
+    model = Interrupted(seed=99)
+    history = fit(model, *synthetic, FAST, "cpu", tmp_path, **every_step)
+    assert same_weights(model, unbroken_fast[0]) and without_times(history) == without_times(unbroken_fast[1])
+    model = Interrupted(seed=98)  # a finished run leaves the average too
+    fit(model, *synthetic, FAST, "cpu", tmp_path)
+    assert same_weights(model, unbroken_fast[0])
+
+
+def test_the_average_is_tested_and_left_in_the_model(unbroken_fast, synthetic, tmp_path):
+    model, history = unbroken_fast
+    tested = training.test(model, make_loader(synthetic[1], 500, train=False), FAST, CPU)
+    assert tested == (history["test_loss"][-1], history["test_accuracy"][-1])
+    fit(Interrupted(), *synthetic, FAST, "cpu", tmp_path)
+    state = load_checkpoint(tmp_path)
+    average = {name.removeprefix("module."): value for name, value in state["average"].items()}
+    kept = model.state_dict()
+    assert all(torch.equal(average[name], value) for name, value in kept.items())
+    assert not torch.equal(state["model"]["head.weight"], kept["head.weight"])
+
+
+def test_the_average_agrees_with_an_independent_computation(synthetic, monkeypatch):
+    seen, step = [], training.train_step
+
+    def watched(model, *rest, **options):
+        result = step(model, *rest, **options)
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(training, "train_step", watched)
+    model = Interrupted()
+    fit(model, *synthetic, FAST, "cpu")
+    for name in ("head.weight", "blocks.0.downsample.2.running_var"):
+        expected = seen[0][name].double()  # the first update copies
+        for state in seen[1:]:
+            expected = 0.9 * expected + 0.1 * state[name].double()
+        torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
 # -- killed processes and full disks -------------------------------------------------------------------------------
 
 
@@ -445,7 +514,7 @@ class KillsAWorker(AdvancedCNN):
 def test_fault_worker_killed_in_the_middle_of_an_epoch(tmp_path):
     splits, recipe = data.synthetic_cifar10(1500, 100), Config(epochs=2, batch_size=20)  # 75 batches
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* killed") as error:
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed|exited unexpectedly)") as error:
         fit(KillsAWorker(width=0.5), *splits, recipe, "cpu", tmp_path, checkpoint_seconds=0, num_workers=2)
     assert f"The same call resumes from the last checkpoint in '{tmp_path}'" in error.value.__notes__[0]
     done = load_checkpoint(tmp_path)
@@ -462,7 +531,7 @@ def test_fault_any_runtime_error_says_how_to_resume(synthetic, monkeypatch, tmp_
         raise RuntimeError("the transform failed")
 
     transform = A.Compose([A.RandomCrop(32, 32), A.Lambda(name="fails", image=fails, p=1.0)])
-    monkeypatch.setattr(trainer, "train_transforms", lambda _: transform)
+    monkeypatch.setattr(trainer, "train_transforms", lambda *_: transform)
     for folder, noted in ((None, False), (tmp_path, True)):
         with pytest.raises(RuntimeError, match="the transform failed") as error:
             fit(small_network(), *synthetic, Config(epochs=1), "cpu", folder, num_workers=1)

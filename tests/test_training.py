@@ -40,6 +40,33 @@ def test_weight_decay_is_on_weights_only():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(AdvancedCNN().parameters()))
 
 
+def test_batch_norms_biases_are_a_group_of_their_own_if_their_rate_is_scaled(synthetic, monkeypatch):
+    model = AdvancedCNN(width=0.5)
+    *_, biases = training.make_optimizer(model, Config(bias_lr_scale=16.0)).param_groups
+    named = {id(p) for name, p in model.named_parameters() if name.endswith(".bias") and p.ndim == 1}
+    named -= {id(model.stem[0].bias), id(model.head.bias)}
+    assert {id(p) for p in biases["params"]} == named and len(named) == 9 and biases["weight_decay"] == 0
+    rates, step = [], training.train_step
+
+    def watched(model, images, labels, optimizer, *rest):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(model, images, labels, optimizer, *rest)
+
+    monkeypatch.setattr(training, "train_step", watched)
+    fit(small_network(), *synthetic, Config(epochs=1, batch_size=150, lr=0.001, bias_lr_scale=16.0), "cpu")
+    assert rates == [pytest.approx([0.001, 0.001, 0.016])] * 2
+
+
+def test_images_are_scaled_down_with_antialiasing():
+    images = torch.rand(2, 3, 32, 32)
+    assert training.scale_down(images, 32) is images
+    small = training.scale_down(images, 16)
+    # A triangle of width 4 around each pixel's centre, as Pillow's: weights 1, 3, 3, 1 of 8 in each direction.
+    weights = torch.tensor([1.0, 3, 3, 1]) / 8
+    rows = images[:, :, 9:13, 9:13]  # around pixel 5 of the small image
+    torch.testing.assert_close(small[:, :, 5, 5], torch.einsum("bcij,i,j->bc", rows, weights, weights))
+
+
 def test_a_step_in_float16_equals_one_in_float32_up_to_rounding(synthetic, monkeypatch):
     """The CPU computes in float16 too, slowly: what GPUs without bfloat16 use."""
     images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
