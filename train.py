@@ -17,7 +17,7 @@ from model_AC import AdvancedCNN
 from session8 import distributed
 from session8.checkpoint import save_model
 from session8.config import RECIPES, Config
-from session8.data import CLASSES, DatasetUnavailable, load_cifar10
+from session8.data import CLASSES, DatasetUnavailable, load_cifar10, validation_split
 from session8.records import describe_record, write_record
 from session8.trainer import fit, run_folder
 from session8.training import TrainingDiverged
@@ -31,6 +31,7 @@ def read_options(arguments=None, prog="train.py"):
     parser.add_argument("--recipe", choices=RECIPES, default="default", help="the recipe, whose values follow")
     parser.add_argument("--data", help="folder with CIFAR-10; see `load_cifar10`")
     parser.add_argument("--device", help="cuda, mps or cpu; the first available if omitted")
+    parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images, and test on them")
     parser.add_argument("--publish", action="store_true", help="also write the record to results/")
     parser.add_argument("--allow-synthetic", action="store_true", help="without CIFAR-10, train on the stand-in")
     parser.add_argument("--expect-folder", help="exit unless this is the folder of the run")
@@ -53,6 +54,7 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
     with distributed.raise_together():
         try:
             splits = load_cifar10(options.data, options.allow_synthetic)
+            splits = validation_split(splits[0]) if options.validation else splits
         except (DatasetUnavailable, ValueError) as error:
             sys.exit(str(error))
         torch.manual_seed(config.seed)
@@ -61,6 +63,8 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
         if options.publish and published.exists():
             sys.exit(f"'{published}' exists: choose another seed, or delete it to replace it")
         free = {name: getattr(config, name) for name in ("epochs", "batch_size", "precision", "seed")}
+        if options.publish and options.validation:
+            sys.exit("--publish is for runs on all training images: leave out --validation")
         if options.publish and config != Config.named(options.recipe, **free):
             sys.exit(f"--publish is for the recipe {options.recipe!r} as it is; only {', '.join(free)} may differ")
         folder = run_folder(model, *splits, config, device, runs)

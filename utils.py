@@ -18,7 +18,7 @@ from session8.training import collect_logits, test, train, train_step
 from session8.launch import run_command, torchrun_command
 # Saved weights, and the record of a run.
 from session8.checkpoint import load_model, save_model
-from session8.records import count_macs, describe_record, write_record
+from session8.records import count_macs, describe_record, read_runs, runs_table, write_record
 # Error analysis.
 from session8.analysis import (
     calibration, class_accuracy, confusion_matrix, grad_cam_pairs, misclassified, most_confused,
@@ -28,7 +28,7 @@ from session8.inference import export_onnx, predict
 # Figures.
 from session8.plots import (
     plot_accuracy, plot_augmentations, plot_calibration, plot_class_accuracy, plot_confusion, plot_grad_cam, plot_loss,
-    plot_lr_range, plot_misclassified, plot_predictions, plot_samples, plot_schedule, plot_training,
+    plot_lr_range, plot_misclassified, plot_predictions, plot_runs, plot_samples, plot_schedule, plot_training,
 )
 
 __all__ = [
@@ -39,9 +39,10 @@ __all__ = [
     "collect_logits", "fit", "run_folder", "test", "train", "train_step",
     "run_command", "torchrun_command",
     "load_model", "save_model", "count_macs", "describe_record", "write_record",
+    "read_runs", "runs_table",
     "calibration", "class_accuracy", "confusion_matrix", "grad_cam_pairs", "misclassified", "most_confused",
     "export_onnx", "predict",
     "plot_accuracy", "plot_augmentations", "plot_calibration", "plot_class_accuracy", "plot_confusion",
-    "plot_grad_cam", "plot_loss", "plot_lr_range", "plot_misclassified", "plot_predictions", "plot_samples",
-    "plot_schedule", "plot_training",
+    "plot_grad_cam", "plot_loss", "plot_lr_range", "plot_misclassified", "plot_predictions", "plot_runs",
+    "plot_samples", "plot_schedule", "plot_training",
 ]

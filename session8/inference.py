@@ -17,7 +17,7 @@ from torch import nn
 from session8.augment import normalize
 from session8.config import Config
 from session8.data import CLASSES, IMAGE_SUFFIXES, Split, is_image_name
-from session8.training import collect_logits
+from session8.training import check_views, collect_logits
 
 
 class Prediction(NamedTuple):
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     probabilities: list[float]
 
 
-def predict(model, image, k=None, device=None, names=CLASSES):
+def predict(model, image, k=None, device=None, names=CLASSES, views=1):
     """Classify an image, or all images of a folder, in float32.
 
     The network always answers with one of its classes, even if the image shows none of them. Images of any size and
@@ -42,13 +42,14 @@ def predict(model, image, k=None, device=None, names=CLASSES):
 
     image: a path, a folder, the bytes of an image file, a PIL image, or an array of shape (H, W), (H, W, 1), (H, W, 3)
     or (H, W, 4), uint8 or float from 0 to 1. k: number of classes to return; by default 3, or all if there are fewer.
-    names: of the network's outputs.
+    names: of the network's outputs. views: 1, 2 or 6 views of each image, as in `training.test`.
 
     Returns a list of `Prediction`, one per image; for a folder, sorted by file name. The model is left in evaluation
     mode on the device. Raises FileNotFoundError if the file does not exist; ValueError if it is not an image, is
     damaged or has more pixels than Pillow considers safe (about 89 million), if a folder has no images, if k is out of
-    range, or if `names` do not match the outputs; TypeError for any other input.
+    range, if views is another number, or if `names` do not match the outputs; TypeError for any other input.
     """
+    check_views(views)
     k = min(3, len(names)) if k is None else k
     if not 1 <= k <= len(names):
         raise ValueError(f"k is {k}; expected 1 to {len(names)}, the number of classes")
@@ -59,7 +60,7 @@ def predict(model, image, k=None, device=None, names=CLASSES):
             raise ValueError(f"the folder '{image}' has no image files ({', '.join(IMAGE_SUFFIXES)})")
     sources, images = zip(*map(_load, inputs), strict=True)
     split = Split(np.stack(images), np.zeros(len(images), np.int64), "images to classify")
-    logits = collect_logits(model, split, Config(precision="float32"), device)
+    logits = collect_logits(model, split, Config(precision="float32"), device, views)
     if logits.shape[1] != len(names):
         raise ValueError(f"names has {len(names)} entries, but the network has {logits.shape[1]} outputs")
     values, order = (part.tolist() for part in logits.softmax(1).topk(k))

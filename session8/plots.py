@@ -135,14 +135,53 @@ def plot_schedule(configs):
     figure, ax = _axes("Learning rate over training", "epoch", "learning rate")
     described = []
     for (name, config), color, style in zip(configs.items(), (ORANGE, BLUE, GREEN), ("--", "-", ":"), strict=False):
-        progress = np.linspace(0, 1, 401)
-        rates = [config.lr_at(fraction) for fraction in progress]
+        epochs = np.linspace(0, config.epochs, 401)
+        rates = [config.lr_at(config.progress(done)) for done in epochs]
         label = f"{name} (peak: {max(rates):.4g})"
-        ax.plot(config.epochs * progress, rates, style, color=color, linewidth=2, label=label)
+        ax.plot(epochs, rates, style, color=color, linewidth=2, label=label)
         described.append(f"{name}: {rates[0]:.3g} at first, {max(rates):.3g} at most, {rates[-1]:.3g} at the end")
     ax.set_ylim(bottom=0)
     ax.legend()
     figure.caption = f"Learning rates. {'; '.join(described)}."
+    return figure
+
+
+def plot_runs(runs):
+    """Plot the test accuracy of runs over the epochs and over the minutes, one line per run.
+
+    runs: from `records.read_runs`. Runs that differ in the seed only have one colour and line style. Minutes are
+    compared between runs on the same device only: those of the device with the most runs are shown.
+    """
+    figure = CaptionedFigure(figsize=(9, 4.2), layout="constrained")
+    by_epochs, by_minutes = figure.subplots(1, 2, sharey=True)
+    devices = statistics.multimode(run["device"] for run in runs)
+    groups = list(dict.fromkeys(run["group"] for run in runs))
+    for index, run in enumerate(runs):
+        group = groups.index(run["group"])
+        accuracy, minutes = run["history"]["test_accuracy"], np.cumsum(run["history"]["seconds"]) / 60
+        look = {"color": f"C{group % 10}", "linestyle": ("-", "--", "-.", ":")[group % 4]}
+        look |= {"marker": "os^vD*P"[index % 7], "markersize": 4}
+        by_epochs.plot(np.arange(1, len(accuracy) + 1), accuracy, label=run["label"], **look)
+        if run["device"] == devices[0]:
+            by_minutes.plot(minutes, accuracy, **look)
+    synthetic = any("NOT CIFAR-10" in run["data"] for run in runs)
+    figure.suptitle("Test accuracy of runs" + (", some on the synthetic stand-in, NOT CIFAR-10" if synthetic else ""))
+    by_epochs.set(xlabel="epoch", ylabel="test accuracy (%)")
+    by_epochs.xaxis.get_major_locator().set_params(integer=True)
+    by_minutes.set(xlabel=f"minutes on {devices[0]}" if runs else "minutes")
+    for ax in (by_epochs, by_minutes):
+        ax.grid(alpha=0.3)
+    if runs:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    finished = [run for run in runs if run["history"]["test_accuracy"]]
+    finished = [run for run in finished if "NOT CIFAR-10" not in run["data"]] or finished
+    best = max(finished, key=lambda run: run["history"]["test_accuracy"][-1], default=None)
+    figure.caption = "There are no finished runs yet."
+    if best:
+        figure.caption = (
+            f"Test accuracy of {len(runs)} runs. The highest last one is {best['history']['test_accuracy'][-1]:.2f} %: "
+            f"{best['label']}. Right: only runs on {devices[0]}."
+        )
     return figure
 
 

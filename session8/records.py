@@ -5,6 +5,7 @@ import inspect
 import json
 import platform
 import subprocess
+import sys
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
@@ -12,11 +13,13 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from session8.checkpoint import write_file
+from session8.config import RECIPES, Config
 from session8.device import arithmetic, device_name
 
 # The files of the package that shape the result of a run; the network's file is added for each model.
@@ -120,9 +123,10 @@ def print_history(history, n_test):
         print(test_line(history["test_loss"][epoch], history["test_accuracy"][epoch], n_test), flush=True)
 
 
-def test_line(loss, accuracy, n):
+def test_line(loss, accuracy, n, views=1):
     """Return the log's line for a test with n images."""
-    return f"Test set: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
+    name = "Test set" if views == 1 else f"Test set, {views} views"
+    return f"{name}: Average loss: {loss:.4f}, Accuracy: {round(accuracy * n / 100)}/{n} ({accuracy:.2f}%)\n"
 
 
 def count_parameters(model):
@@ -203,3 +207,88 @@ def describe_record(record):
         f"{len(history['seconds'])} of {record['config']['epochs']} epochs on {record['data']}, {device}, "
         f"in {record['seconds'] / 60:.1f} minutes: train {train}, test {test}"
     )
+
+
+# -- runs side by side ---------------------------------------------------------------------------------------------
+
+
+def read_runs(base="runs"):
+    """Read the records of all runs in a folder, sorted so that runs of one kind are next to each other.
+
+    Each is a record as `write_record` makes it, with three more entries: `folder`, its name; `group`, equal for runs
+    that differ in the seed only; `label`, which names in what it differs from the others. A damaged or foreign record
+    is skipped, and its path is printed.
+    """
+    runs = []
+    for path in sorted(Path(base).glob("*/record.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            facts = _facts(record)
+            numbers = [*record["history"]["test_accuracy"], *record["history"]["seconds"], record["seconds"]]
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise TypeError("a number is missing")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"'{path}' is skipped: not a record of this project ({type(error).__name__}: {error})")
+            continue
+        group = short_hash([{**facts, "seed": None}, record["data_fingerprint"]])
+        runs.append({**record, "folder": path.parent.name, "group": group})
+    varying = _varying(runs)
+    for run in runs:
+        run["label"] = ", ".join(f"{name} {_facts(run).get(name)}" for name in varying) or run["folder"]
+    return sorted(runs, key=lambda run: (run["data"], run["group"], run["config"]["seed"], run["folder"]))
+
+
+def _recipe(config):
+    """Return the name of the recipe that is nearest to a record's config, and the recipe with its number of epochs."""
+
+    def distance(item):
+        return sum(config.get(field, value) != value for field, value in item[1].items())
+
+    recipes = {name: asdict(Config.named(name, epochs=config["epochs"])) for name in RECIPES}
+    return min(recipes.items(), key=distance)
+
+
+def _facts(record):
+    """Return what may differ between runs, apart from their results and devices."""
+    names = ("model", "width", "parameters", "arithmetic", "batch_size", "data")
+    facts = {name: record.get(name) for name in names}
+    facts["processes"] = record.get("world_size", 1)
+    facts["epochs done"] = len(record["history"]["test_accuracy"])
+    return {"recipe": _recipe(record["config"])[0], **record["config"], **facts}
+
+
+def _varying(runs):
+    """Return the names of the facts in which runs differ, the seed last.
+
+    Settings that every run has from its recipe are not among them: the name of the recipe tells.
+    """
+    facts = [_facts(run) for run in runs]
+    names = dict.fromkeys(name for each in facts for name in each)
+    recipes = [_recipe(run["config"])[1] for run in runs]
+    as_named = [name for name in names if all(r.get(name) == f.get(name) for r, f in zip(recipes, facts, strict=True))]
+    varying = [name for name in names if len({repr(each.get(name)) for each in facts}) > 1 and name not in as_named]
+    return sorted(varying, key=lambda name: name == "seed")
+
+
+def runs_table(runs):
+    """Return runs as an aligned table, a string: what differs first, then the results.
+
+    runs: from `read_runs`. The mean and the sample standard deviation of the last test accuracy are over the runs of a
+    group; a group has one kind of data.
+    """
+    varying = _varying(runs)
+    rows = [[*varying, "test accuracy", "mean ± sd (n)", "seconds", "device", "run"]]
+    for run in runs:
+        facts, accuracy = _facts(run), run["history"]["test_accuracy"]
+        last = [r["history"]["test_accuracy"][-1:] for r in runs if r["group"] == run["group"]]
+        group = [value for values in last for value in values]
+        spread = f"{mean(group):.2f} ± {stdev(group):.2f} ({len(group)})" if len(group) > 1 else ""
+        results = [f"{accuracy[-1]:.2f} %" if accuracy else "none", spread, f"{run['seconds']:,.0f}"]
+        rows.append([*(str(facts.get(name)) for name in varying), *results, run["device"], run["folder"]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) if runs else "There are no finished runs yet."
+
+
+if __name__ == "__main__":
+    print(runs_table(read_runs(*sys.argv[1:2])))

@@ -24,6 +24,7 @@ from session8.records import test_line
 REFRESH_SECONDS = 0.5  # interval at which the progress bar is refreshed and the device is read
 REFRESH_BATCHES = 20  # the same for several processes, which must refresh together and have clocks of their own
 TEST_BATCH_SIZE = 500
+VIEWS = (1, 2, 6)  # of a test image: itself; with its mirror image; with both shifted by one pixel diagonally
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -186,25 +187,51 @@ def _update(progress, pending, epoch, world_size=1):
         progress.last_loss = loss
 
 
+def check_views(views):
+    """Raise ValueError if this number of views is not one of VIEWS."""
+    if views not in VIEWS:
+        raise ValueError(f"views is {views!r}; expected one of {', '.join(map(str, VIEWS))}")
+
+
+def make_views(images, views):
+    """Return `views` views of a normalised batch, each float (B, C, H, W), the first of them the batch itself.
+
+    Two: with the mirror images. Six: also with both shifted by one pixel, up and to the left, and down and to the
+    right; the border is reflected (test-time augmentation as in Jordan 2024, arXiv:2404.00498).
+    """
+    seen = [images]
+    if views == 6:
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        seen += [padded[:, :, 2:, 2:], padded[:, :, :-2, :-2]]
+    return seen if views == 1 else [*seen, *(view.flip(3) for view in seen)]
+
+
 @torch.no_grad()
-def _predict_batches(model, loader, config, device):
-    """Yield (outputs float32 (B, C), labels int64 (B,)) on the device, with the model in evaluation mode."""
+def _predict_batches(model, loader, config, device, views=1):
+    """Yield (outputs float32 (B, C), labels int64 (B,)) on the device, with the model in evaluation mode.
+
+    With several views, the outputs are the logarithm of their mean probabilities.
+    """
     model.eval()
     with backend_flags(config):
         for images, labels in loader:
             with autocast(config.precision, device):
-                outputs = model(normalize(images, device))
-            yield outputs.float(), labels.to(device, non_blocking=labels.is_pinned())
+                outputs = [model(view).float() for view in make_views(normalize(images, device), views)]
+            if views > 1:
+                outputs = [torch.stack(outputs).log_softmax(2).logsumexp(0) - math.log(views)]
+            yield outputs[0], labels.to(device, non_blocking=labels.is_pinned())
 
 
-def test(model, loader, config, device):
+def test(model, loader, config, device, views=1):
     """Test in one pass and print the result. Returns (loss, accuracy): mean NLL over the images, percent correct.
 
-    If the loader yields one rank's share of the images, the result is that of all ranks.
+    views: 1, 2 or 6 views of each image, whose probabilities are averaged (see `make_views`); the compute grows with
+    their number. If the loader yields one rank's share of the images, the result is that of all ranks.
     """
+    check_views(views)
     device = get_device(device)
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-    for outputs, labels in _predict_batches(model, loader, config, device):
+    for outputs, labels in _predict_batches(model, loader, config, device, views):
         log_probs = F.log_softmax(outputs, dim=1)
         loss_sum += F.nll_loss(log_probs, labels, reduction="sum")
         correct += (log_probs.argmax(1) == labels).sum()
@@ -212,17 +239,20 @@ def test(model, loader, config, device):
         loss_sum, correct = distributed.sum_over_ranks(loss_sum), distributed.sum_over_ranks(correct)
     n = len(loader.dataset)
     loss, accuracy = loss_sum.item() / n, 100 * correct.item() / n
-    print(test_line(loss, accuracy, n), flush=True)
+    print(test_line(loss, accuracy, n, views), flush=True)
     return loss, accuracy
 
 
-def collect_logits(model, split, config=None, device=None):
+def collect_logits(model, split, config=None, device=None, views=1):
     """Run the model once over a Split, in order and without augmentation.
 
-    config: its precision is used; `Config()` if None. Returns the outputs, float32 (N, C) on the CPU; AdvancedCNN's
-    are log-probabilities. The model is left in evaluation mode on the device.
+    config: its precision is used; `Config()` if None. views: 1, 2 or 6 of each image, as in `test`. Returns the
+    outputs, float32 (N, C) on the CPU; log-probabilities if AdvancedCNN makes them, or if there are several views. The
+    model is left in evaluation mode on the device.
     """
+    check_views(views)
     device = get_device(device)
     model.to(device, memory_format=memory_format(device))
     loader = make_loader(split, TEST_BATCH_SIZE, train=False, device=device)
-    return torch.cat([outputs for outputs, _ in _predict_batches(model, loader, config or Config(), device)]).cpu()
+    batches = _predict_batches(model, loader, config or Config(), device, views)
+    return torch.cat([outputs for outputs, _ in batches]).cpu()

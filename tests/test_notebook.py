@@ -33,7 +33,7 @@ def parameters():
 def test_imports_the_network_and_the_utilities():
     source = "\n".join(cell.source for cell in CODE)
     assert "from model_AC import AdvancedCNN" in source and "import utils" in source and "from session8" not in source
-    assert re.search(r"AdvancedCNN\(.*dropout=config.dropout\)", source)
+    assert re.search(r"AdvancedCNN\(.*dropout=config.dropout, width=config.width\)", source)
     assert not re.search(r"^\s*(def|class) ", source, re.MULTILINE)  # logic belongs in the package
 
 

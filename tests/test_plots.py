@@ -62,6 +62,34 @@ def cams(split):
     ]
 
 
+RUNS = [
+    {
+        "data": data, "device": device, "group": group, "label": f"lr {lr}, seed {seed}",
+        "history": {"test_accuracy": accuracy, "seconds": [60.0] * len(accuracy)},
+    }
+    for data, device, group, lr, seed, accuracy in (
+        ("CIFAR-10, class folders", "a CPU", "A", 0.1, 0, [50.0, 61.0]),
+        ("CIFAR-10, class folders", "a CPU", "A", 0.1, 1, [52.0, 60.0]),
+        ("CIFAR-10, class folders", "a GPU", "B", 0.2, 0, [53.0, 59.0, 64.0]),
+        ("synthetic stand-in, NOT CIFAR-10", "a CPU", "C", 0.1, 0, [45.0]),
+    )
+]  # fmt: skip
+
+
+def test_runs_are_compared_over_epochs_and_on_one_device_over_minutes():
+    figure = plots.plot_runs(RUNS)
+    by_epochs, by_minutes = figure.axes
+    assert [line.get_xdata().tolist() for line in by_epochs.lines] == [[1, 2], [1, 2], [1, 2, 3], [1]]
+    assert [line.get_xdata().tolist() for line in by_minutes.lines] == [[1, 2], [1, 2], [1]]  # without the GPU
+    assert "a CPU" in by_minutes.get_xlabel()
+    colors = [line.get_color() for line in by_epochs.lines]
+    assert colors[0] == colors[1] and len(set(colors)) == 3
+    looks = {(line.get_linestyle(), line.get_marker()) for line in by_epochs.lines}
+    assert len(looks) == 4 and "NOT CIFAR-10" in figure.get_suptitle()
+    assert "64.00 %: lr 0.2, seed 0" in figure.caption
+    assert "no finished runs" in plots.plot_runs([]).caption
+
+
 @pytest.fixture
 def every_figure(split, mistakes, logits, cams):
     confusion = confusion_matrix(logits, split.labels)
@@ -77,6 +105,7 @@ def every_figure(split, mistakes, logits, cams):
         "misclassified": plots.plot_misclassified(split, mistakes),
         "Grad-CAM": plots.plot_grad_cam(cams, split.source),
         "calibration": plots.plot_calibration(calibration(logits, split.labels), split.source),
+        "runs": plots.plot_runs(RUNS),
         "predictions": plots.plot_predictions([Prediction("one.png", split.images[0], ["cat"], [0.8])], split.source),
     }
 
@@ -143,7 +172,9 @@ def test_no_two_curves_of_an_axis_differ_in_colour_alone(every_figure):
     for name, figure in {**every_figure, "schedules": plots.plot_schedule(schedules)}.items():
         for ax in figure.axes:
             styles = [
-                style for line in ax.lines if (style := line.get_linestyle()) != "None" and len(line.get_xdata()) > 1
+                (style, line.get_marker() if name == "runs" else None)  # runs of one kind have one style
+                for line in ax.lines
+                if (style := line.get_linestyle()) != "None" and len(line.get_xdata()) > 1
             ]
             assert len(set(styles)) == len(styles), name
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import albumentations as A
@@ -17,6 +20,8 @@ from session8.config import Config
 from session8.data import Split, synthetic_cifar10
 from session8.records import count_macs, describe_record, source_hashes, write_record
 from session8.trainer import fit, run_folder
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -152,3 +157,70 @@ def test_counting_macs_changes_neither_the_model_nor_the_random_state():
     count_macs(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and model.training
+
+
+# -- runs side by side ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Six records: three seeds of one recipe, another recipe, other data, and another device."""
+
+    def write(name, accuracy, fingerprint="real", device="one CPU", data="CIFAR-10, class folders", **config):
+        full = {"lr": 0.01, "seed": 0, "epochs": 2, **config}
+        record = {
+            "model": "AdvancedCNN", "width": 1.0, "parameters": 5, "arithmetic": "float32", "batch_size": 64,
+            "data": data, "data_fingerprint": fingerprint, "config": full, "device": device, "seconds": 30.0,
+            "history": {"test_accuracy": [50.0, accuracy], "seconds": [10.0, 20.0]},
+        }  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps(record))
+
+    write("a", 80.0)
+    write("b", 82.0, seed=1)
+    write("c", 87.0, seed=2)
+    write("d", 90.0, lr=0.1)
+    write("e", 99.0, fingerprint="other", data="synthetic stand-in, NOT CIFAR-10")
+    write("f", 70.0, device="another GPU", lr=0.5)
+    return tmp_path
+
+
+def test_runs_are_averaged_if_only_the_seed_differs(runs):
+    table = records.runs_table(records.read_runs(runs)).splitlines()
+    assert re.split(r"  +", table[0]) == [
+        "recipe", "lr", "data", "seed", "test accuracy", "mean ± sd (n)", "seconds", "device", "run",
+    ]  # fmt: skip
+    rows = {line.split()[-1]: line for line in table[1:]}
+    assert len(rows) == 6
+    for name in "abc":  # mean 83, deviations -3, -1, 4: sd sqrt(26 / 2)
+        assert "83.00 ± 3.61 (3)" in rows[name]
+    assert not any("±" in rows[name] for name in "def")
+    assert "NOT CIFAR-10" in rows["e"] and "80.00 %" in rows["a"] and "another GPU" in rows["f"]
+
+
+def test_records_of_different_data_are_never_averaged_even_under_one_name(runs):
+    path = runs / "b" / "record.json"
+    path.write_text(path.read_text().replace('"real"', '"edited"'))
+    table = records.runs_table(records.read_runs(runs))
+    assert "83.50 ± 4.95 (2)" in table and "(3)" not in table  # 80 and 87
+
+
+def test_bad_input_damaged_and_foreign_records_are_named_and_skipped(runs, capsys):
+    for name, text in (("x", "{"), ("y", '{"answer": 42}'), ("z", "[]"), ("w", '{"history": {"test_accuracy": []}}')):
+        (runs / name).mkdir()
+        (runs / name / "record.json").write_text(text)
+    (runs / "empty").mkdir()
+    assert len(records.read_runs(runs)) == 6
+    printed = capsys.readouterr().out
+    assert all(f"{name}/record.json' is skipped: not a record" in printed.replace(os.sep, "/") for name in "wxyz")
+    assert records.runs_table(records.read_runs(runs / "nowhere")) == "There are no finished runs yet."
+
+
+def test_the_command_prints_the_table_of_real_runs(synthetic, tmp_path):
+    for seed in (0, 1):
+        config = Config(epochs=1, batch_size=100, seed=seed)
+        history = fit(Linear(), *synthetic, config, "cpu")
+        write_record(tmp_path / f"run {seed}" / "record.json", Linear(), *synthetic, config, history, "cpu")
+    command = [sys.executable, "-m", "session8.records", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("(2)") == 2 and done.stdout.startswith("seed "), done.stderr

@@ -16,6 +16,7 @@ import train
 from model_AC import AdvancedCNN
 from session8.checkpoint import load_model
 from session8.config import Config
+from session8.data import validation_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,6 +121,17 @@ def test_bad_input_another_folder_than_expected(trained, tmp_path, monkeypatch):
         SystemExit, match=r"the run's folder is '.*', not '.*': network, data, device type or code differ"
     ):
         trained("--expect-folder", str(folder), "--lr", "0.5")
+
+
+def test_validation_trains_without_the_held_out_images_and_tests_on_them(trained, tmp_path, monkeypatch):
+    def few(train):
+        return validation_split(train, n=10)
+
+    monkeypatch.setattr(train, "validation_split", few)
+    record = trained("--validation")
+    assert (record["n_train"], record["n_test"]) == (50, 10) and "held out" in record["data"]
+    with pytest.raises(SystemExit, match="--publish is for runs on all training images"):
+        trained("--validation", "--publish")
 
 
 def test_without_cifar10_the_stand_in_only_on_request(monkeypatch):

@@ -12,6 +12,7 @@ from session8 import training
 from session8.augment import normalize, train_transforms
 from session8.config import Config
 from session8.data import Split
+from session8.inference import predict
 from session8.loaders import make_loader
 from session8.trainer import fit
 from session8.training import collect_logits
@@ -147,6 +148,51 @@ def test_collected_logits_agree_with_an_independent_computation(synthetic):
     with torch.no_grad():
         expected = network.eval()(normalize(torch.from_numpy(test_split.images), CPU))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def shifted(images, rows, columns):
+    """Shift images (N, 32, 32, 3) by up to one pixel, with a reflected border."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    return padded[:, 1 - rows : 33 - rows, 1 - columns : 33 - columns]
+
+
+@pytest.mark.parametrize("views", [2, 6])
+def test_views_are_the_mean_probability_of_the_image_its_mirror_image_and_shifts(synthetic, views, capsys):
+    test_split, model = synthetic[1], Linear()
+    images = [test_split.images]
+    if views == 6:
+        images += [shifted(test_split.images, -1, -1), shifted(test_split.images, 1, 1)]
+    images += [view[:, :, ::-1] for view in images]
+    assert len(images) == views
+    probabilities = np.mean([np.exp(model.by_hand(view)) for view in images], axis=0)
+    logits = collect_logits(model, test_split, EXACT, "cpu", views=views)
+    np.testing.assert_allclose(logits.exp().numpy(), probabilities, atol=2e-5)
+    assert not np.allclose(probabilities, np.exp(model.by_hand(test_split.images)), atol=1e-2)
+    loss, accuracy = training.test(model, make_loader(test_split, 32, train=False), EXACT, CPU, views=views)
+    assert loss == pytest.approx(-np.log(probabilities[np.arange(100), test_split.labels]).mean(), rel=1e-4)
+    assert accuracy == pytest.approx(100 * (probabilities.argmax(1) == test_split.labels).mean())
+    assert f"Test set, {views} views: Average loss: {loss:.4f}" in capsys.readouterr().out
+
+
+def test_views_of_a_network_with_logits_are_averaged_as_probabilities(synthetic):
+    class Scores(Linear):
+        def forward(self, x):
+            return 3 + self.head(x.flatten(1))
+
+    one, other = (collect_logits(network, synthetic[1], EXACT, "cpu", views=2) for network in (Linear(), Scores()))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("views", [0, 3, 12, "6", None])
+def test_bad_input_views(synthetic, views):
+    message = f"views is {views!r}; expected one of 1, 2, 6"
+    for call in (
+        lambda: training.test(Linear(), make_loader(synthetic[1], 32, train=False), EXACT, CPU, views=views),
+        lambda: collect_logits(Linear(), synthetic[1], EXACT, "cpu", views=views),
+        lambda: predict(Linear(), synthetic[1].images[0], device="cpu", views=views),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_each_step_uses_the_rate_at_its_middle_and_each_epoch_has_batches_of_its_own(synthetic, monkeypatch):
