@@ -35,26 +35,12 @@ def splits(n_train=130, n_test=100):
     return data.synthetic_cifar10(n_train, n_test)
 
 
-class Fails(Linear):
+class _FailsAt:
     """Calls `what()` in the given training step of this process."""
 
-    def __init__(self, at, what):
-        super().__init__()
-        self.at, self.what, self.steps = at, what, 0
-
-    def forward(self, x):
-        self.steps += self.training
-        if self.training and self.steps == self.at:
-            self.what()
-        return super().forward(x)
-
-
-class FailingNetwork(AdvancedCNN):
-    """The same, with batch norm and dropout."""
-
-    def __init__(self, at=0, what=None, seed=0):
+    def __init__(self, at=0, what=None, seed=0, **sizes):
         torch.manual_seed(seed)
-        super().__init__(width=0.5)
+        super().__init__(**sizes)
         self.at, self.what, self.steps = at, what, 0
 
     def forward(self, x):
@@ -62,6 +48,17 @@ class FailingNetwork(AdvancedCNN):
         if self.training and self.steps == self.at:
             self.what()
         return super().forward(x)
+
+
+class Fails(_FailsAt, Linear):
+    pass
+
+
+class FailingNetwork(_FailsAt, AdvancedCNN):
+    """With batch norm and dropout."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, width=0.5, **keywords)
 
 
 def stop():
