@@ -18,9 +18,9 @@ from session8 import distributed
 from session8.checkpoint import save_model
 from session8.config import RECIPES, Config
 from session8.data import CLASSES, DatasetUnavailable, load_cifar10, validation_split
-from session8.records import describe_record, write_record
+from session8.records import describe_record, final_metrics, write_record
 from session8.trainer import fit, run_folder
-from session8.training import TrainingDiverged
+from session8.training import TrainingDiverged, accuracy_by_views
 
 ROOT = Path(__file__).resolve().parent
 
@@ -32,7 +32,6 @@ def read_options(arguments=None, prog="train.py"):
     parser.add_argument("--data", help="folder with CIFAR-10; see `load_cifar10`")
     parser.add_argument("--device", help="cuda, mps or cpu; the first available if omitted")
     parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images, and test on them")
-    parser.add_argument("--publish", action="store_true", help="also write the record to results/")
     parser.add_argument("--allow-synthetic", action="store_true", help="without CIFAR-10, train on the stand-in")
     parser.add_argument("--expect-folder", help="exit unless this is the folder of the run")
     options, rest = parser.parse_known_args(arguments)
@@ -45,11 +44,11 @@ def read_options(arguments=None, prog="train.py"):
         parser.error(str(error))
 
 
-def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / "results"):
+def run(make_model, options, config, device, runs=ROOT / "runs"):
     """Train the network that `make_model(config)` returns, and return the record; None on the ranks other than 0.
 
-    Weights and record are written to the run's folder; with --publish, the record also to `results`. Exits with a
-    message, before training, if an option is not possible, and if training is interrupted.
+    Weights and record are written to the run's folder. Exits with a message, before training, if an option is not
+    possible, and if training is interrupted.
     """
     with distributed.raise_together():
         try:
@@ -59,14 +58,6 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
             sys.exit(str(error))
         torch.manual_seed(config.seed)
         model = make_model(config)
-        published = Path(results) / f"{type(model).__name__}_{options.recipe}_seed{config.seed}_{device.type}.json"
-        if options.publish and published.exists():
-            sys.exit(f"'{published}' exists: choose another seed, or delete it to replace it")
-        free = {name: getattr(config, name) for name in ("epochs", "batch_size", "precision", "seed")}
-        if options.publish and options.validation:
-            sys.exit("--publish is for runs on all training images: leave out --validation")
-        if options.publish and config != Config.named(options.recipe, **free):
-            sys.exit(f"--publish is for the recipe {options.recipe!r} as it is; only {', '.join(free)} may differ")
         folder = run_folder(model, *splits, config, device, runs)
         if options.expect_folder and Path(options.expect_folder).resolve() != folder.resolve():
             sys.exit(
@@ -78,11 +69,9 @@ def run(make_model, options, config, device, runs=ROOT / "runs", results=ROOT / 
         sys.exit("Interrupted: run the same command again to resume." if distributed.rank() == 0 else 1)
     if distributed.rank() > 0:
         return None
-    metrics = {name: values[-1] for name, values in history.items() if name != "parts"}
-    save_model(folder / "model.safetensors", model, config, metrics, CLASSES)
-    record = write_record(folder / "record.json", model, *splits, config, history, device)
-    if options.publish:
-        write_record(published, model, *splits, config, history, device)
+    views = accuracy_by_views(model, splits[1], config, device)
+    record = write_record(folder / "record.json", model, *splits, config, history, device, views)
+    save_model(folder / "model.safetensors", model, config, final_metrics(record), CLASSES)
     print(f"{describe_record(record)}\nRecord and weights: {folder}")
     return record
 

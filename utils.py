@@ -13,12 +13,14 @@ from session8.loaders import make_loader
 from session8.lr_finder import estimate_seconds, lr_range_test
 # Training and testing.
 from session8.trainer import fit, run_folder
-from session8.training import collect_logits, test, train, train_step
+from session8.training import accuracy_by_views, collect_logits, test, train, train_step
 # The same in several processes, by torchrun.
 from session8.launch import run_command, torchrun_command
 # Saved weights, and the record of a run.
 from session8.checkpoint import load_model, save_model
-from session8.records import count_macs, describe_record, read_runs, runs_table, write_record
+from session8.records import (
+    count_macs, data_fingerprint, describe_record, final_metrics, read_runs, runs_table, write_record,
+)
 # Error analysis.
 from session8.analysis import (
     calibration, class_accuracy, confusion_matrix, grad_cam_pairs, misclassified, most_confused,
@@ -36,9 +38,9 @@ __all__ = [
     "RECIPES", "Config", "get_device",
     "augment", "test_transforms", "train_transforms", "make_loader",
     "estimate_seconds", "lr_range_test",
-    "collect_logits", "fit", "run_folder", "test", "train", "train_step",
+    "accuracy_by_views", "collect_logits", "fit", "run_folder", "test", "train", "train_step",
     "run_command", "torchrun_command",
-    "load_model", "save_model", "count_macs", "describe_record", "write_record",
+    "load_model", "save_model", "count_macs", "data_fingerprint", "describe_record", "final_metrics", "write_record",
     "read_runs", "runs_table",
     "calibration", "class_accuracy", "confusion_matrix", "grad_cam_pairs", "misclassified", "most_confused",
     "export_onnx", "predict",

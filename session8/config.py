@@ -9,16 +9,19 @@ import torch
 # Named recipes: changes to the defaults of `Config`.
 RECIPES = {
     "default": {},
-    # One-cycle schedule (Smith 2018, arXiv:1803.09820). Weight decay, label smoothing and cutout replace dropout.
+    # One-cycle schedule (Smith 2018, arXiv:1803.09820). Weight decay, label smoothing and cutout replace dropout. The
+    # averaged weights are the result. Alternating flip, reflected padding and scaled biases follow Jordan (2024,
+    # arXiv:2404.00498).
     "one_cycle": dict(
-        schedule="one_cycle", lr=0.1, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, cutout=8, dropout=0.0
+        batch_size=128, schedule="one_cycle", lr=0.1, lr_start=0.2, lr_end=0.05, nesterov=True, weight_decay=5e-4,
+        bias_lr_scale=16.0, ema_decay=0.998, label_smoothing=0.1, cutout=8, dropout=0.0, padding="reflect",
+        flip="alternate",
     ),
-    # A wider network for fewer epochs, half of them on small images (arXiv:2104.00298); its averaged weights are the
-    # result. Alternating flip, reflected padding and scaled biases follow Jordan (2024, arXiv:2404.00498).
+    # As one_cycle, with a wider network for fewer epochs, half of them on small images (arXiv:2104.00298).
     "fast": dict(
         epochs=14, batch_size=128, width=1.75, schedule="one_cycle", lr=0.1, lr_start=0.2, lr_end=0.05, nesterov=True,
-        weight_decay=6e-4, bias_lr_scale=16.0, label_smoothing=0.2, dropout=0.0, padding="reflect", crop_padding=2,
-        flip="alternate", low_res_epochs=7, low_res_size=24, ema_decay=0.996,
+        weight_decay=6e-4, bias_lr_scale=16.0, ema_decay=0.996, label_smoothing=0.2, dropout=0.0, padding="reflect",
+        crop_padding=2, flip="alternate", low_res_epochs=7, low_res_size=24,
     ),
 }  # fmt: skip
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -156,6 +159,14 @@ class Config:
             return epochs - min(epochs, self.low_res_epochs) * (1 - (self.low_res_size / 32) ** 2)
 
         return pixels(epochs_done) / pixels(self.epochs)
+
+    def ema_decay_at(self, step):
+        """Return the decay of the moving average in a step of training, counted from 0.
+
+        It rises to `ema_decay`, so that the average of a run of few steps is not that of its initial weights (as in
+        TensorFlow's ExponentialMovingAverage).
+        """
+        return min(self.ema_decay, (1 + step) / (10 + step))
 
     def lr_at(self, progress):
         """Return the learning rate at `progress`, the fraction of training that is done, in [0, 1]."""

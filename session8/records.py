@@ -156,8 +156,10 @@ def training_pflop(model, config, n_train, epochs):
     return 6 * n_train * sum(macs[size] for size in sizes) / 1e15
 
 
-def write_record(path, model, train_split, test_split, config, history, device):
+def write_record(path, model, train_split, test_split, config, history, device, views=None):
     """Write the record of a run as JSON, atomically, and return it as a dict.
+
+    views: the test accuracy with several views of each image, from `training.accuracy_by_views`.
 
     Fields:
         model, width, parameters, macs: class name and size of the network; MACs are per image of 32 by 32 pixels.
@@ -165,7 +167,8 @@ def write_record(path, model, train_split, test_split, config, history, device):
         data, data_fingerprint, n_train, n_test: the source of the images, which says if they are synthetic.
         config, batch_size: the recipe, and the batch size on the device.
         history: as returned by `fit`; accuracies in percent, seconds per epoch.
-        seconds: of the whole training, tests included.
+        views: test accuracy in percent by number of views of each image, such as {"2": 90.0, "6": 90.3}.
+        seconds: of the whole training, with the tests of one view.
         parts: the uninterrupted parts of the run, each with its range of epochs and its `environment`. A run from start
             to end has one.
         device, arithmetic, versions, commit, sources, finished, world_size, devices: those of the last part. devices
@@ -185,6 +188,7 @@ def write_record(path, model, train_split, test_split, config, history, device):
         "config": asdict(config),
         "batch_size": config.batch_size_on(device),
         "history": {name: values for name, values in history.items() if name != "parts"},
+        "views": {str(number): accuracy for number, accuracy in (views or {}).items()},
         "seconds": round(sum(history["seconds"]), 1),
         **{name: value for name, value in parts[-1].items() if name != "epochs"},
         "parts": parts,
@@ -193,6 +197,12 @@ def write_record(path, model, train_split, test_split, config, history, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(record, indent=1).encode())
     return record
+
+
+def final_metrics(record):
+    """Return the numbers of a record's last epoch by name, and the test accuracies with several views."""
+    last = {name: values[-1] for name, values in record["history"].items() if values}
+    return last | {f"test_accuracy_{views}_views": accuracy for views, accuracy in record["views"].items()}
 
 
 def describe_record(record):

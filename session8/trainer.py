@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from session8 import distributed
 from session8.augment import train_transforms
@@ -67,9 +67,7 @@ class Trainer:
         self.test_loader = make_loader(test_split, TEST_BATCH_SIZE, train=False, **shared)
         self.average = None  # of the weights, which then is what is tested and what `fit` leaves in the model
         if config.ema_decay:
-            self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-            )
+            self.average = AveragedModel(self.model, use_buffers=True)  # `train` sets its decay
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config, self.device)
         self.epoch, self.progress = 0, Progress()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from session8 import distributed
@@ -124,7 +125,8 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
 
     epoch: its index, from 0, which sets the learning rate and the size of the images. scaler: from `make_scaler`.
     progress: counters of an epoch that is partly done, updated when the bar is refreshed; the loader must start at the
-    same batch. on_refresh: called after each refresh. average: an AveragedModel to update after each step.
+    same batch. on_refresh: called after each refresh. average: an AveragedModel to update after each step, by the
+    decay of the recipe.
 
     If the loader yields one rank's share of each batch, the model must be a DistributedDataParallel; all ranks show and
     return the results of all images.
@@ -151,6 +153,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
             weight = len(labels) * world_size / n  # DistributedDataParallel takes the mean over the ranks
             nll, correct = train_step(model, images, labels, optimizer, scaler, config, device, weight, size)
             if average is not None:
+                average.multi_avg_fn = get_ema_multi_avg_fn(config.ema_decay_at(epoch * len(loader) + batch_id))
                 average.update_parameters(model)
             pending.append((nll, correct, lr, len(labels), n))
             if world_size > 1:
@@ -241,6 +244,17 @@ def test(model, loader, config, device, views=1):
     loss, accuracy = loss_sum.item() / n, 100 * correct.item() / n
     print(test_line(loss, accuracy, n, views), flush=True)
     return loss, accuracy
+
+
+def accuracy_by_views(model, split, config=None, device=None):
+    """Test with two and with six views of each image of a Split. Returns {views: percent correct}; see `test`.
+
+    The model is left in evaluation mode on the device.
+    """
+    config, device = config or Config(), get_device(device)
+    model.to(device, memory_format=memory_format(device))
+    loader = make_loader(split, TEST_BATCH_SIZE, train=False, device=device)
+    return {views: test(model, loader, config, device, views)[1] for views in VIEWS[1:]}
 
 
 def collect_logits(model, split, config=None, device=None, views=1):

@@ -62,11 +62,17 @@ def test_a_named_recipe_can_be_changed_and_its_name_must_be_known():
 
 
 def test_one_cycle_rises_to_its_peak_and_decays_to_zero():
-    config = Config.named("one_cycle", lr=0.2, warmup=0.25)
+    config = Config(schedule="one_cycle", lr=0.2, warmup=0.25)
     assert config.lr_at(0.25) == pytest.approx(0.2)
     assert config.lr_at(0.125) == pytest.approx(0.1) == config.lr_at(0.625)
     assert config.lr_at(0) == config.lr_at(1) == 0
     assert Config().lr_at(0.7) == 0.01
+
+
+def test_the_decay_of_the_average_rises_to_its_value():
+    config = Config(ema_decay=0.99)
+    assert [config.ema_decay_at(step) for step in (0, 1, 10)] == [1 / 10, 2 / 11, 11 / 20]
+    assert config.ema_decay_at(880) < 0.99 == config.ema_decay_at(900) == config.ema_decay_at(10_000)
 
 
 def test_new_fields_default_to_what_the_code_did_before():

@@ -243,7 +243,7 @@ def test_curves_of_a_run_without_a_complete_epoch(plot):
 
 
 def test_schedule_shows_the_rate_at_every_moment():
-    configs = {"default": Config(epochs=10), "one_cycle": Config.named("one_cycle", epochs=20, lr=0.2, warmup=0.25)}
+    configs = {"default": Config(epochs=10), "one_cycle": Config(schedule="one_cycle", epochs=20, lr=0.2)}
     (ax,) = plots.plot_schedule(configs).axes
     flat, cycle = (line.get_xydata() for line in ax.lines)
     assert (flat[:, 1] == 0.01).all() and flat[-1, 0] == 10

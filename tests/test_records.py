@@ -18,7 +18,7 @@ from model_AC import AdvancedCNN
 from session8 import records, trainer
 from session8.config import Config
 from session8.data import Split, synthetic_cifar10
-from session8.records import count_macs, describe_record, source_hashes, write_record
+from session8.records import count_macs, describe_record, final_metrics, source_hashes, write_record
 from session8.trainer import fit, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,8 +106,13 @@ def test_record_names_everything(synthetic, tmp_path):
     model, config = small_network(), Config(epochs=2, batch_size=64, seed=3)
     history = fit(model, *synthetic, config, "cpu")
     path = tmp_path / "new folder" / "record.json"
-    record = write_record(path, model, *synthetic, config, history, "cpu")
+    record = write_record(path, model, *synthetic, config, history, "cpu", {2: 12.5, 6: 13.0})
     assert json.loads(path.read_text()) == record
+    assert final_metrics(record) == {
+        **{name: values[-1] for name, values in history.items() if name != "parts"},
+        "test_accuracy_2_views": 12.5,
+        "test_accuracy_6_views": 13.0,
+    }
     assert record["model"] == "AdvancedCNN" and record["width"] == 0.5
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert "NOT CIFAR-10" in record["data"] and (record["n_train"], record["n_test"]) == (300, 100)

@@ -27,7 +27,7 @@ def small(config):
 
 def test_options_start_from_the_recipe_and_change_its_fields():
     options, config = train.read_options(["--recipe", "one_cycle", "--epochs", "5", "--data", "DIR", "--lr", "0.05"])
-    assert (options.data, options.recipe, options.publish, options.device) == ("DIR", "one_cycle", False, None)
+    assert (options.data, options.recipe, options.validation, options.device) == ("DIR", "one_cycle", False, None)
     assert config == Config.named("one_cycle", epochs=5, lr=0.05)
     assert train.read_options([])[1] == Config()
     assert train.read_options(["--recipe", "fast", "--epochs", "2"])[1] == Config.named("fast", epochs=2)
@@ -40,7 +40,7 @@ def test_help_lists_every_field_of_the_recipe(capsys):
     with pytest.raises(SystemExit):
         train.read_options(["--help"])
     shown = capsys.readouterr().out
-    for name in ("recipe", "data", "device", "publish", *(field.name.replace("_", "-") for field in fields(Config))):
+    for name in ("recipe", "data", "device", "validation", *(field.name.replace("_", "-") for field in fields(Config))):
         assert f"--{name}" in shown
 
 
@@ -70,8 +70,7 @@ def trained(tmp_path, monkeypatch):
     def run(*arguments, make_model=small):
         defaults = ["--data", str(tmp_path / "images"), "--epochs", "1", "--batch-size", "20", "--device", "cpu"]
         options, config = train.read_options([*defaults, *arguments])
-        folders = {"runs": tmp_path / "runs", "results": tmp_path / "results"}
-        return train.run(make_model, options, config, torch.device("cpu"), **folders)
+        return train.run(make_model, options, config, torch.device("cpu"), tmp_path / "runs")
 
     return run
 
@@ -83,23 +82,11 @@ def test_a_run_leaves_weights_and_a_record(trained, tmp_path, capsys):
     assert record["model"] == "AdvancedCNN" and record["config"]["seed"] == 3 and record["batch_size"] == 20
     model, metadata = load_model(folder / "model.safetensors")
     assert model.width == 0.5 and metadata["metrics"]["test_accuracy"] == record["history"]["test_accuracy"][-1]
-    assert not (tmp_path / "results").exists()
-    assert "1 of 1 epochs on CIFAR-10" in capsys.readouterr().out
-
-
-def test_only_publish_writes_to_results_and_never_replaces_a_record(trained, tmp_path, monkeypatch):
-    record = trained("--publish", "--recipe", "one_cycle")
-    published = tmp_path / "results" / "AdvancedCNN_one_cycle_seed0_cpu.json"
-    assert json.loads(published.read_text()) == record
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
-    with pytest.raises(SystemExit, match=r"one_cycle_seed0_cpu\.json' exists: choose another seed"):
-        trained("--publish", "--recipe", "one_cycle")
-
-
-def test_bad_input_publishing_a_changed_recipe(trained, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
-    with pytest.raises(SystemExit, match="--publish is for the recipe 'default' as it is"):
-        trained("--publish", "--lr", "0.5")
+    log = capsys.readouterr().out
+    assert "1 of 1 epochs on CIFAR-10" in log
+    for views in ("2", "6"):
+        assert re.search(rf"Test set, {views} views: .*\({record['views'][views]:.2f}%\)", log)
+        assert metadata["metrics"][f"test_accuracy_{views}_views"] == record["views"][views]
 
 
 def test_an_interrupted_run_leaves_no_record(trained, tmp_path):
@@ -108,8 +95,8 @@ def test_an_interrupted_run_leaves_no_record(trained, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(SystemExit, match="Interrupted: run the same command again to resume"):
-        trained("--publish", make_model=lambda config: Interrupted())
-    assert not (tmp_path / "results").exists() and not list(tmp_path.rglob("record.json"))
+        trained(make_model=lambda config: Interrupted())
+    assert not list(tmp_path.rglob("record.json"))
 
 
 def test_bad_input_another_folder_than_expected(trained, tmp_path, monkeypatch):
@@ -130,8 +117,6 @@ def test_validation_trains_without_the_held_out_images_and_tests_on_them(trained
     monkeypatch.setattr(train, "validation_split", few)
     record = trained("--validation")
     assert (record["n_train"], record["n_test"]) == (50, 10) and "held out" in record["data"]
-    with pytest.raises(SystemExit, match="--publish is for runs on all training images"):
-        trained("--validation", "--publish")
 
 
 def test_without_cifar10_the_stand_in_only_on_request(monkeypatch):

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import albumentations as A
@@ -67,7 +68,7 @@ def test_log_lines_have_the_seed_projects_format(synthetic, capsys):
 
 
 def test_history_is_plain_and_complete(synthetic):
-    history = fit(Linear(), *synthetic, Config.named("one_cycle", epochs=3, batch_size=100, lr=0.01), "cpu")
+    history = fit(Linear(), *synthetic, Config(schedule="one_cycle", epochs=3, batch_size=100), "cpu")
     assert list(history) == ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "parts"]
     assert [part["epochs"] for part in history["parts"]] == [[0, 3]]
     numbers = [values for name, values in history.items() if name != "parts"]
@@ -103,7 +104,7 @@ def test_recipe_with_cutout_trains_on_it(synthetic, monkeypatch):
         assert len(painted) == 300 and (painted >= cutout**2).all() and (painted < cutout**2 + 20).float().mean() > 0.9
 
 
-RECIPE = Config.named("one_cycle", epochs=3, batch_size=25, lr=0.02)  # 12 batches an epoch
+RECIPE = Config(epochs=3, batch_size=25, schedule="one_cycle", lr=0.02, cutout=8)  # 12 batches an epoch
 
 
 class Interrupted(AdvancedCNN):
@@ -332,7 +333,7 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
     else:
         train, named = Split(train.images[::-1].copy(), train.labels[::-1].copy(), train.source), "data was"
     before = [p.clone() for p in model.parameters()]
-    recipe = Config.named("one_cycle", **{"epochs": 3, "batch_size": 25, "lr": 0.02, **changes})
+    recipe = replace(RECIPE, **changes)
     with pytest.raises(CheckpointError, match=f"(?s)is of another run: {named}"):
         fit(model, train, test, recipe, "cpu", tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -466,8 +467,9 @@ def test_the_average_agrees_with_an_independent_computation(synthetic, monkeypat
     fit(model, *synthetic, FAST, "cpu")
     for name in ("head.weight", "blocks.0.downsample.2.running_var"):
         expected = seen[0][name].double()  # the first update copies
-        for state in seen[1:]:
-            expected = 0.9 * expected + 0.1 * state[name].double()
+        for step, state in enumerate(seen[1:], start=1):
+            decay = min(0.9, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * state[name].double()
         torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-6)
 
 

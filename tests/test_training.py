@@ -34,10 +34,11 @@ def test_the_default_optimizer_is_the_seed_projects():
 
 def test_weight_decay_is_on_weights_only():
     optimizer = training.make_optimizer(AdvancedCNN(), Config.named("one_cycle"))
-    decayed, spared = optimizer.param_groups
-    assert decayed["weight_decay"] == 5e-4 and spared["weight_decay"] == 0
+    decayed, spared, biases = optimizer.param_groups
+    assert decayed["weight_decay"] == 5e-4 and spared["weight_decay"] == biases["weight_decay"] == 0
     assert decayed["nesterov"] and spared["nesterov"]
-    assert {p.ndim for p in decayed["params"]} == {2, 4} and {p.ndim for p in spared["params"]} == {1}
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in [*spared["params"], *biases["params"]]} == {1}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(AdvancedCNN().parameters()))
 
 
@@ -174,6 +175,13 @@ def test_views_are_the_mean_probability_of_the_image_its_mirror_image_and_shifts
     assert f"Test set, {views} views: Average loss: {loss:.4f}" in capsys.readouterr().out
 
 
+def test_accuracies_by_views_are_those_of_each_test(synthetic):
+    model = small_network()
+    loader = make_loader(synthetic[1], 32, train=False)
+    expected = {views: training.test(model, loader, EXACT, CPU, views=views)[1] for views in (2, 6)}
+    assert training.accuracy_by_views(model.train(), synthetic[1], EXACT, "cpu") == expected
+
+
 def test_views_of_a_network_with_logits_are_averaged_as_probabilities(synthetic):
     class Scores(Linear):
         def forward(self, x):
@@ -204,7 +212,7 @@ def test_each_step_uses_the_rate_at_its_middle_and_each_epoch_has_batches_of_its
         return step(model, images, labels, optimizer, *rest)
 
     monkeypatch.setattr(training, "train_step", watched)
-    config = Config.named("one_cycle", epochs=2, batch_size=100, lr=0.01, seed=7)
+    config = Config(schedule="one_cycle", epochs=2, batch_size=100, cutout=8, seed=7)
     fit(Linear(), *synthetic, config, "cpu")
     # 3 steps per epoch, 6 in all: the middle of step k is at (k + 1/2) / 6, and the peak at 1/4.
     middles = [(k + 0.5) / 6 for k in range(6)]

@@ -25,6 +25,7 @@ ALLOWED = {
     "trainer": {*MIDDLE, "checkpoint", "records", "training"},
     "lr_finder": {*MIDDLE, "checkpoint", "training", "trainer"},
     **{name: {*MIDDLE, "training"} for name in ("analysis", "inference")},
+    "evaluate": {*MIDDLE, "checkpoint", "training"},
     "plots": {"data"},
 }
 
@@ -65,15 +66,16 @@ def test_utils_is_an_index_without_logic():
 
 
 def test_only_the_notebook_imports_from_utils():
-    files = [*(ROOT / "session8").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "results").glob("*.py")]
-    assert not [path for path in [*files, ROOT / "train.py", ROOT / "model_AC.py"] if "utils" in imports(path)]
+    files = [path for folder in ("session8", "benchmarks", "results") for path in (ROOT / folder).glob("*.py")]
+    files += [ROOT / f"{name}.py" for name in ("train", "model_AC", "hubconf")]
+    assert not [path for path in files if "utils" in imports(path)]
 
 
-def test_the_root_has_the_seed_projects_files_train_and_the_tools_files():
-    assert {path.name for path in ROOT.glob("*.py")} == {"model_AC.py", "utils.py", "train.py"}
+def test_the_root_has_the_seed_projects_files_the_command_and_the_entry_point_of_pytorch_hub():
+    assert {path.name for path in ROOT.glob("*.py")} == {"model_AC.py", "utils.py", "train.py", "hubconf.py"}
 
 
 def test_every_module_has_a_test_file():
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert {*PACKAGE, "model_AC", "utils", "train"} - {"__init__"} <= tested
-    assert tested - {*PACKAGE, "model_AC", "utils", "train"} == {"benchmarks", "notebook", "results"}
+    modules = {*PACKAGE, "model_AC", "utils", "train", "hubconf"} - {"__init__"}
+    assert modules <= tested and tested - modules == {"benchmarks", "notebook", "results"}

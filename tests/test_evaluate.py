@@ -1,0 +1,67 @@
+"""evaluate.py: saved weights are tested as they were after training."""
+
+import re
+
+import pytest
+import torch
+from fakes import class_folders
+
+from model_AC import AdvancedCNN
+from session8 import training
+from session8.checkpoint import save_model
+from session8.config import Config
+from session8.data import CLASSES, load_cifar10
+from session8.evaluate import evaluate, main
+from session8.loaders import make_loader
+from session8.training import VIEWS
+
+CONFIG = Config(precision="float32")
+
+
+@pytest.fixture
+def images(tmp_path):
+    class_folders(tmp_path / "images", per_test=5)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def saved(tmp_path, images):
+    """Return the path of saved weights and their accuracies by views, which the file states."""
+    torch.manual_seed(0)
+    model = AdvancedCNN(width=0.5)
+    loader = make_loader(load_cifar10(images)[1], 10, train=False)
+    accuracies = {views: training.test(model, loader, CONFIG, "cpu", views)[1] for views in VIEWS}
+    metrics = {"test_accuracy": accuracies[1], **{f"test_accuracy_{n}_views": accuracies[n] for n in (2, 6)}}
+    save_model(tmp_path / "weights.safetensors", model, CONFIG, metrics, CLASSES)
+    return tmp_path / "weights.safetensors", accuracies
+
+
+def test_saved_weights_have_the_accuracies_that_they_had(saved, images, capsys):
+    path, accuracies = saved
+    assert evaluate(path, images, "cpu") == accuracies
+    log = capsys.readouterr().out
+    assert "50 images, float32" in log and f"({accuracies[2]:.2f}%)" in log
+    assert f"states {accuracies[1]:.2f} % (1 view), {accuracies[2]:.2f} % (2 views), {accuracies[6]:.2f} % (6" in log
+
+
+def test_weights_without_stated_accuracies(tmp_path, images, capsys):
+    save_model(tmp_path / "weights.safetensors", AdvancedCNN(width=0.5), CONFIG, {}, CLASSES)
+    main([str(tmp_path / "weights.safetensors"), "--data", str(images)])
+    assert "The file states no test accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.safetensors"], "'missing.safetensors' does not exist"),
+        (["{weights}", "--data", "nowhere"], "nowhere"),
+        (["{weights}", "--data", "{images}", "--device", "tpu"], "device is 'tpu'"),
+        (["{damaged}", "--data", "{images}"], "is not a safetensors file, or is damaged"),
+    ],
+)
+def test_bad_input_is_one_message(arguments, message, saved, images, tmp_path):
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(saved[0].read_bytes()[:100])
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        main([argument.format(weights=saved[0], images=images, damaged=damaged) for argument in arguments])
+    assert isinstance(error.value.code, str)
