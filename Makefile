@@ -1,6 +1,6 @@
 # make run      train, plot and analyse: executes the notebook to runs/Session_8.ipynb and .html
 # make test     run the tests, two at a time
-# make results  write the table and figures of README.md and docs/ from the records in results/
+# make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
 # make lint     ruff's check and format check
 # make clean    delete the environment
 #
@@ -33,7 +33,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 results: $(VENV)/installed
-	$(BIN)/python results/build.py
+	$(BIN)/python results/build.py $(DATA_ROOT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,14 +1,14 @@
-"""Write the README's table and figures from the records and weights in this folder: `make results`.
+"""Write the tables and figures of README.md, MODEL_CARD.md and docs/ from the records and weights in this folder.
 
-With a folder of CIFAR-10 as argument, also the figure of mistakes: `python results/build.py DIR`.
+`make results` calls it. With a folder of CIFAR-10, it also draws the mistakes: `make results DATA_ROOT=DIR`.
 """
 
 import hashlib
 import json
 import statistics
 import sys
-from dataclasses import asdict
-from itertools import groupby
+from dataclasses import replace
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -20,17 +20,39 @@ from session8.analysis import misclassified
 from session8.checkpoint import load_model
 from session8.config import RECIPES, Config
 from session8.data import load_cifar10
-from session8.plots import BLUE, ORANGE, plot_misclassified
+from session8.plots import plot_misclassified
 from session8.training import collect_logits
 
 # Where each generated section stands: {name: (file, first line, last line)}.
 SECTIONS = {
     name: (RESULTS.parent / file, f"<!-- {name}: written by `make results` -->\n", f"<!-- end of {name} -->\n")
-    for name, file in (("results", "README.md"), ("benchmarks", "docs/benchmarks.md"))
+    for name, file in (
+        ("results", "README.md"),
+        ("weights", "results/MODEL_CARD.md"),
+        ("parts of fast", "docs/design.md"),
+        ("benchmarks", "docs/benchmarks.md"),
+    )
 }
-WEIGHTS = RESULTS / "AdvancedCNN_one_cycle_seed0_cpu.safetensors"  # whose mistakes are shown
-COLORS = {"AdvancedCNN": BLUE, "ResNet20": ORANGE}
-STYLES = {"default": "--", "one_cycle": "-"}
+WEIGHTS = RESULTS / "AdvancedCNN_fast_seed0_bfloat16.safetensors"  # whose mistakes are shown
+FAST = Config.named("fast")
+# The recipe `fast` without one of its parts.
+PARTS = {
+    "small images": replace(FAST, low_res_epochs=0),
+    "average of the weights": replace(FAST, ema_decay=0.0),
+    "scaled biases": replace(FAST, bias_lr_scale=1.0),
+    "width": replace(FAST, width=1.0),
+    "alternating flip": replace(FAST, flip="random"),
+}
+NAMED = {**{name: Config.named(name) for name in RECIPES}, **{f"fast without {name}": PARTS[name] for name in PARTS}}
+AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
+# Published elsewhere: network, epochs, MACs, PFLOP, accuracy in one pass, with six views.
+THEIRS = (
+    ("[ResNet-20, He et al. 2015](https://arxiv.org/abs/1512.03385)", "164", "40.6 M", "2.00", "91.25 %", ""),
+    (f"[airbench94, Jordan 2024]({AIRBENCH})", "9.9", "118 M", "0.36", "", "94.01 %"),
+    (f"[airbench94_spectral, Jordan]({AIRBENCH})", "", "", "0.29", "", "94.05 %"),
+)
+COLORS = {"default": "C0", "one_cycle": "C1", "fast": "C2"}
+STYLES = {"AdvancedCNN": "-", "ResNet20": "--"}
 
 
 def read_records():
@@ -44,73 +66,131 @@ def read_benchmarks():
 
 
 def recipe_name(record):
-    """Return the name of a record's recipe, ignoring seed, epochs and batch size; "other" if it has none."""
-    config = Config(**record["config"])
-    for name in RECIPES:
-        if config == Config.named(name, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed):
-            return name
-    return "other"
+    """Return the name in NAMED of a record's recipe, whatever its seed, batch size and precision; None if none."""
+    config = replace(Config(**record["config"]), seed=0, precision="auto", batch_size=None)
+    return next((name for name, named in NAMED.items() if config == replace(named, batch_size=None)), None)
 
 
-def recipe_key(record):
-    """Return a record's recipe without its seed, as text. A field that an older record lacks has its default."""
-    recipe = asdict(Config(**record["config"])) | {"seed": None, "batch_size": record["batch_size"]}
-    return json.dumps(recipe, sort_keys=True)
+def published(records, recipes=RECIPES, precise=False):
+    """Return the records of some recipes; without those in float32, unless `precise`."""
+    chosen = [record for record in records.values() if recipe_name(record) in recipes]
+    return [record for record in chosen if precise or record["arithmetic"] != "float32"]
 
 
-def place_key(record):
-    """Return what two runs must share to be compared, besides the recipe: data and device."""
-    return record["data_fingerprint"], record["device"]
+def _row_key(record):
+    """Return what the runs of one row of a table share, in the order of the rows."""
+    recipe = list(NAMED).index(recipe_name(record)), record["batch_size"], record["data_fingerprint"]
+    machine = record["arithmetic"] == "float32", record["arithmetic"], record["device"]  # float32 comes last
+    return record["model"], record["macs"], *recipe, *machine
+
+
+def rows_of(records):
+    """Return the runs of each row of a table, a list of lists of records."""
+    return [list(group) for _, group in groupby(sorted(records, key=_row_key), _row_key)]
+
+
+def mean_and_spread(values):
+    """Return a mean, with the sample standard deviation if there are several values, as text in percent."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} %"
+
+
+def test_accuracies(runs, views=1):
+    return [run["history"]["test_accuracy"][-1] if views == 1 else run["views"][str(views)] for run in runs]
+
+
+def minutes_of(run):
+    """Return the minutes from the start to the test of each epoch."""
+    return list(accumulate(second / 60 for second in run["history"]["seconds"]))
+
+
+def minutes_to(accuracy, run):
+    """Return the minutes of training, tests included, after which a test first reached an accuracy; None if none."""
+    tested = zip(minutes_of(run), run["history"]["test_accuracy"], strict=True)
+    return next((minutes for minutes, reached in tested if reached >= accuracy), None)
+
+
+def mean_minutes(values):
+    return "" if None in values else f"{statistics.mean(values):.1f}"
 
 
 def accuracy_table(records):
-    """Return a Markdown table with one row per network, recipe, data and device; the runs of a row differ in seed."""
-
-    def key(record):
-        network = record["model"], record["width"] or 1.0, record["parameters"], record["macs"]
-        return recipe_name(record), recipe_key(record), *network, *place_key(record)
-
+    """Return a Markdown table with a row per network, recipe, arithmetic and device, whose runs differ in the seed."""
     rows = [
-        "| network | recipe | batch | epochs | runs | test accuracy | train accuracy | parameters | MACs "
-        "| median epoch | device |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| network | recipe | epochs | MACs | PFLOP | one pass | 2 views | 6 views "
+        "| minutes | to 82 % | to 90 % | device |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for _, group in groupby(sorted(records.values(), key=key), key):
-        runs = list(group)
+    for runs in rows_of(published(records, precise=True)):
         first = runs[0]
-        test, train = ([run["history"][f"{split}_accuracy"][-1] for run in runs] for split in ("test", "train"))
-        spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
-        seconds = statistics.median(second for run in runs for second in run["history"]["seconds"])
-        width = first["width"] or 1
-        name = first["model"] if width == 1 else f"{first['model']}, width {width:g}"
-        rows.append(
-            f"| {name} | {recipe_name(first)} | {first['batch_size']} | {first['config']['epochs']} | {len(runs)} "
-            f"| {statistics.mean(test):.2f} %{spread} | {statistics.mean(train):.2f} % "
-            f"| {first['parameters'] / 1e6:.2f} M | {first['macs'] / 1e6:.1f} M | {seconds:.0f} s | {first['device']} |"
-        )
+        cells = [
+            first["model"], recipe_name(first), str(first["config"]["epochs"]), f"{first['macs'] / 1e6:.1f} M",
+            f"{first['pflop']:.2f}", f"{mean_and_spread(test_accuracies(runs))} ({len(runs)})",
+            *(mean_and_spread(test_accuracies(runs, views)) for views in (2, 6)),
+            mean_minutes([run["seconds"] / 60 for run in runs]),
+            *(mean_minutes([minutes_to(accuracy, run) for run in runs]) for accuracy in (82, 90)),
+            f"{first['device']}, {first['arithmetic']}",
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    for name, epochs, macs, pflop, one_pass, six_views in THEIRS:
+        rows.append(f"| {name} | theirs | {epochs} | {macs} | {pflop} | {one_pass} | | {six_views} | | | | |")
     return "\n".join(rows) + "\n"
 
 
 def headline(records):
-    """Return the result in one sentence: the mean test accuracy of AdvancedCNN with each recipe."""
-    ours = [record for record in records.values() if record["model"] == "AdvancedCNN" and (record["width"] or 1) == 1]
-    results = []
-    for recipe in RECIPES:
-        runs = [record for record in ours if recipe_name(record) == recipe]
-        if runs:
-            accuracy = statistics.mean(record["history"]["test_accuracy"][-1] for record in runs)
-            results.append(f"{accuracy:.2f} % after {runs[0]['config']['epochs']} epochs with the recipe `{recipe}`")
-    size = f"{ours[0]['parameters'] / 1e6:.2f} M parameters, {ours[0]['macs'] / 1e6:.1f} M MACs per image"
-    return f"Accuracy on the {ours[0]['n_test']:,} test images: {', '.join(results)} ({size}).\n"
+    """Return the result in one sentence: the mean test accuracy of AdvancedCNN with each recipe, per device."""
+    ours = [record for record in published(records) if record["model"] == "AdvancedCNN"]
+    results = [
+        f"{statistics.mean(test_accuracies(runs)):.2f} % after {mean_minutes([run['seconds'] / 60 for run in runs])} "
+        f"minutes with the recipe `{recipe_name(runs[0])}`"
+        for runs in rows_of(ours)
+    ]
+    return f"Accuracy on the {ours[0]['n_test']:,} test images, in one pass: {', '.join(results)}.\n"
 
 
 def results_section(records):
     """Return the README's section on accuracy."""
-    sources = sorted({record["data"] for record in records.values()})
+    shown = published(records, precise=True)
+    data, batches = ("; ".join(sorted({str(record[name]) for record in shown})) for name in ("data", "batch_size"))
     return (
-        f"{headline(records)}\n![Test accuracy over the epochs](results/accuracy.png)\n\n{accuracy_table(records)}\n"
-        f"Accuracies are those of the last epoch. Data: {'; '.join(sources)}.\n"
+        f"{headline(records)}\n![Test accuracy over the minutes of training](results/accuracy.png)\n\n"
+        f"{accuracy_table(records)}\n"
+        f"Test accuracies of the last epoch: mean ± standard deviation over seeds (their number). "
+        f"Batches of {batches}. Data: {data}.\n"
     )
+
+
+def parts_section(records):
+    """Return the table of what each part of the recipe `fast` is worth."""
+    rows = [
+        "| recipe | PFLOP | minutes | one pass | 2 views | 6 views |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    recipes = ["fast", *(f"fast without {name}" for name in PARTS)]
+    order = {name: place for place, name in enumerate(recipes)}
+    for runs in sorted(rows_of(published(records, recipes)), key=lambda runs: order[recipe_name(runs[0])]):
+        accuracies = [mean_and_spread(test_accuracies(runs, views)) for views in (1, 2, 6)]
+        accuracies[0] += f" ({len(runs)})"
+        minutes = mean_minutes([run["seconds"] / 60 for run in runs])
+        rows.append(f"| {recipe_name(runs[0])} | {runs[0]['pflop']:.2f} | {minutes} | {' | '.join(accuracies)} |")
+    return "\n".join(rows) + "\n"
+
+
+def weights_section(records):
+    """Return the model card's table of the published weights."""
+    rows = [
+        "| file | recipe | parameters | MACs | one pass | 2 views | 6 views | NLL | commit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for path in sorted(RESULTS.glob("*.safetensors")):
+        record = records[path.with_suffix(".json").name]
+        accuracies = " | ".join(f"{test_accuracies([record], views)[0]:.2f} %" for views in (1, 2, 6))
+        rows.append(
+            f"| `{path.name}` | {recipe_name(record)} | {record['parameters'] / 1e6:.2f} M "
+            f"| {record['macs'] / 1e6:.1f} M | {accuracies} | {record['history']['test_loss'][-1]:.3f} "
+            f"| {record['commit'][:8]} |"
+        )
+    return "\n".join(rows) + "\n"
 
 
 def benchmarks_section(benchmarks):
@@ -133,32 +213,30 @@ def listed(value):
 
 
 def plot_results(records):
-    """Plot the test accuracy of all records over the epochs, one colour per network and one line style per recipe."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Plot the test accuracy over the minutes: a colour per recipe, a line style per network. Without float32."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     ax = figure.subplots()
-    for model, color in COLORS.items():
-        for recipe, style in STYLES.items():
-            runs = [r for r in records.values() if r["model"] == model and recipe_name(r) == recipe]
-            curves = [record["history"]["test_accuracy"] for record in runs]
-            label = f"{model}, {recipe} (last: {', '.join(f'{values[-1]:.2f}' for values in curves)})"
-            for number, curve in enumerate(curves):
-                epochs = range(1, len(curve) + 1)
-                ax.plot(epochs, curve, style, color=color, linewidth=2, label=None if number else label)
-    sources = sorted({record["data"] for record in records.values()})
-    ax.set_title(f"Test accuracy: {'; '.join(sources)}", fontsize=12)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("accuracy (%), from 60")
-    ax.set_ylim(bottom=60)
+    shown = published(records)
+    for runs in rows_of(shown):
+        look = {"color": COLORS[recipe_name(runs[0])], "linestyle": STYLES[runs[0]["model"]]}
+        label = f"{runs[0]['model']}, {recipe_name(runs[0])}: {mean_and_spread(test_accuracies(runs))} ({len(runs)})"
+        for number, run in enumerate(runs):
+            ax.plot(minutes_of(run), run["history"]["test_accuracy"], **look, label=None if number else label)
+    ax.set_title("Test accuracy over the minutes of training, tests included", fontsize=12)
+    ax.set_xlabel(f"minutes on {'; '.join(sorted({run['device'] for run in shown}))}")
+    ax.set_ylabel("accuracy (%), from 70")
+    ax.set_ylim(bottom=70)
+    ax.set_xlim(left=0)
     ax.grid(alpha=0.3)
-    ax.legend()
+    ax.legend(loc="lower right")
     return figure
 
 
 def plot_mistakes(data):
     """Plot the most confident mistakes of the published weights on the test images in the folder `data`."""
     _, test_split = load_cifar10(data)
-    model, _ = load_model(WEIGHTS)
-    logits = collect_logits(model, test_split, Config(precision="float32"))
+    model, about = load_model(WEIGHTS)
+    logits = collect_logits(model, test_split, Config(**about["config"]))
     return plot_misclassified(test_split, misclassified(logits, test_split.labels), rows=2)
 
 
@@ -178,14 +256,24 @@ def split_section(name):
     return before + begin, inside, end + after
 
 
-def main(data=None):
+def sections():
+    """Return the content of each generated section: {name: text}."""
     records = read_records()
+    return {
+        "results": results_section(records),
+        "weights": weights_section(records),
+        "parts of fast": parts_section(records),
+        "benchmarks": benchmarks_section(read_benchmarks()),
+    }
+
+
+def main(data=None):
     source = {"Source": fingerprint(*RESULTS.glob("*.json"))}
-    plot_results(records).savefig(RESULTS / "accuracy.png", bbox_inches="tight", metadata=source)
+    plot_results(read_records()).savefig(RESULTS / "accuracy.png", bbox_inches="tight", metadata=source)
     if data:
         source = {"Source": fingerprint(WEIGHTS)}
         plot_mistakes(data).savefig(RESULTS / "mistakes.png", bbox_inches="tight", metadata=source)
-    for name, content in (("results", results_section(records)), ("benchmarks", benchmarks_section(read_benchmarks()))):
+    for name, content in sections().items():
         before, _, after = split_section(name)
         SECTIONS[name][0].write_text(before + content + after, encoding="utf-8")
 

@@ -13,7 +13,7 @@ from session8.augment import normalize
 from session8.checkpoint import load_checkpoint
 from session8.device import autocast, backend_flags, get_device, synchronize
 from session8.trainer import Trainer
-from session8.training import train_step
+from session8.training import set_lr, train_step
 
 
 def estimate_seconds(model, train_split, test_split, config, device=None, checkpoint_dir=None):
@@ -105,8 +105,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
         torch.manual_seed(config.seed)
         for step, (images, labels) in enumerate(islice(_endless(trainer.train_loader), steps)):
             lr = start * (end / start) ** (step / (steps - 1))
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(trainer.optimizer, lr)
             loss, _ = train_step(trainer.model, images, labels, trainer.optimizer, trainer.scaler, config, device)
             average = smoothing * average + (1 - smoothing) * loss.item()
             smoothed = average / (1 - smoothing ** (step + 1))

@@ -202,7 +202,12 @@ def write_record(path, model, train_split, test_split, config, history, device, 
 def final_metrics(record):
     """Return the numbers of a record's last epoch by name, and the test accuracies with several views."""
     last = {name: values[-1] for name, values in record["history"].items() if values}
-    return last | {f"test_accuracy_{views}_views": accuracy for views, accuracy in record["views"].items()}
+    return last | {views_metric(views): accuracy for views, accuracy in record["views"].items()}
+
+
+def views_metric(views):
+    """Return the name of the test accuracy with so many views, in the metadata of saved weights."""
+    return "test_accuracy" if views == 1 else f"test_accuracy_{views}_views"
 
 
 def describe_record(record):

@@ -58,6 +58,12 @@ def make_optimizer(model, config):
     return optimizer
 
 
+def set_lr(optimizer, lr):
+    """Set the learning rate of each parameter group, times the factor of the group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 def make_scaler(config, device):
     """Return the gradient scaler: enabled for float16, where small gradients would underflow to zero."""
     enabled = amp_dtype(config.precision, device) is torch.float16
@@ -147,8 +153,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
     ):
         for batch_id, (images, labels) in enumerate(loader, start=progress.batches):
             lr = config.lr_at(config.progress(epoch + (batch_id + 0.5) / len(loader)))  # at the middle of the step
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+            set_lr(optimizer, lr)
             n = loader.global_size(batch_id) if world_size > 1 else len(labels)
             weight = len(labels) * world_size / n  # DistributedDataParallel takes the mean over the ranks
             nll, correct = train_step(model, images, labels, optimizer, scaler, config, device, weight, size)
@@ -200,7 +205,7 @@ def make_views(images, views):
     """Return `views` views of a normalised batch, each float (B, C, H, W), the first of them the batch itself.
 
     Two: with the mirror images. Six: also with both shifted by one pixel, up and to the left, and down and to the
-    right; the border is reflected (test-time augmentation as in Jordan 2024, arXiv:2404.00498).
+    right; the border is reflected (the views of Jordan 2024, arXiv:2404.00498, which weights them differently).
     """
     seen = [images]
     if views == 6:
@@ -246,15 +251,15 @@ def test(model, loader, config, device, views=1):
     return loss, accuracy
 
 
-def accuracy_by_views(model, split, config=None, device=None):
-    """Test with two and with six views of each image of a Split. Returns {views: percent correct}; see `test`.
+def accuracy_by_views(model, split, config=None, device=None, views=VIEWS[1:]):
+    """Test a Split with several numbers of views and print the results. Returns {views: percent correct}; see `test`.
 
     The model is left in evaluation mode on the device.
     """
     config, device = config or Config(), get_device(device)
     model.to(device, memory_format=memory_format(device))
     loader = make_loader(split, TEST_BATCH_SIZE, train=False, device=device)
-    return {views: test(model, loader, config, device, views)[1] for views in VIEWS[1:]}
+    return {number: test(model, loader, config, device, number)[1] for number in views}
 
 
 def collect_logits(model, split, config=None, device=None, views=1):

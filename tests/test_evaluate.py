@@ -8,7 +8,7 @@ from fakes import class_folders
 
 from model_AC import AdvancedCNN
 from session8 import training
-from session8.checkpoint import save_model
+from session8.checkpoint import load_model, save_model
 from session8.config import Config
 from session8.data import CLASSES, load_cifar10
 from session8.evaluate import evaluate, main
@@ -38,16 +38,26 @@ def saved(tmp_path, images):
 
 def test_saved_weights_have_the_accuracies_that_they_had(saved, images, capsys):
     path, accuracies = saved
-    assert evaluate(path, images, "cpu") == accuracies
+    assert evaluate(path, images, "cpu") == (accuracies, accuracies)
+    assert "50 images, float32" in capsys.readouterr().out
+
+
+def test_a_difference_from_what_the_file_states_is_shown(saved, images, capsys):
+    path, accuracies = saved
+    model, about = load_model(path)
+    metrics = {**about["metrics"], "test_accuracy_2_views": accuracies[2] + 4}
+    save_model(path, model, CONFIG, metrics, CLASSES)
+    main([str(path), "--data", str(images), "--device", "cpu"])
     log = capsys.readouterr().out
-    assert "50 images, float32" in log and f"({accuracies[2]:.2f}%)" in log
-    assert f"states {accuracies[1]:.2f} % (1 view), {accuracies[2]:.2f} % (2 views), {accuracies[6]:.2f} % (6" in log
+    assert f"Views: 1, stated: {accuracies[1]:.2f} %, measured minus stated: +0.00" in log
+    assert f"Views: 2, stated: {accuracies[2] + 4:.2f} %, measured minus stated: -4.00" in log
 
 
 def test_weights_without_stated_accuracies(tmp_path, images, capsys):
     save_model(tmp_path / "weights.safetensors", AdvancedCNN(width=0.5), CONFIG, {}, CLASSES)
     main([str(tmp_path / "weights.safetensors"), "--data", str(images)])
-    assert "The file states no test accuracy" in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert "Test set, 6 views" in log and "minus" not in log
 
 
 @pytest.mark.parametrize(

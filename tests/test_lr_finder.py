@@ -84,6 +84,19 @@ def test_neither_test_starts_worker_processes(synthetic, monkeypatch):
     assert asked[::2] == [0, 0]  # every second loader is a test loader
 
 
+def test_range_test_scales_the_rate_of_biases_as_training_does(synthetic, monkeypatch):
+    rates, step = [], lr_finder.train_step
+
+    def watched(model, images, labels, optimizer, *rest):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(model, images, labels, optimizer, *rest)
+
+    monkeypatch.setattr(lr_finder, "train_step", watched)
+    config = Config(batch_size=20, bias_lr_scale=16.0)
+    lr_range_test(small_network(), synthetic[0], config, CPU, start=1e-4, end=1e-2, steps=3)
+    assert np.array(rates) == pytest.approx(np.outer([1e-4, 1e-3, 1e-2], [1, 1, 16]))
+
+
 def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
     """The same steps in NumPy and double precision: the loss's gradient, momentum, and the smoothing."""
     split = Split(synthetic[0].images[:60], synthetic[0].labels[:60], "60 images: three batches of 20 an epoch")

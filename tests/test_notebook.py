@@ -18,7 +18,11 @@ import pytest
 from fakes import class_folders
 from nbclient import NotebookClient
 
-from session8 import data, training
+from model_AC import AdvancedCNN
+from session8 import data, records, training
+from session8.config import Config
+from session8.records import describe_record
+from session8.trainer import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = nbformat.read(ROOT / "Session_8.ipynb", 4)
@@ -97,6 +101,21 @@ def test_its_outputs_are_of_the_real_images_and_name_no_local_path():
     assert "\r" not in text
     epochs, accuracy = re.search(r"(\d+) of \d+ epochs on CIFAR-10.* test (\d+\.\d+) %", text).groups()
     assert int(epochs) >= 2 and float(accuracy) >= 60
+
+
+def test_its_run_is_the_published_record_of_the_default_recipe(monkeypatch):
+    text = "\n".join(output.text for cell in CODE for output in cell.outputs if output.output_type == "stream")
+    published = json.loads((ROOT / "results" / "AdvancedCNN_default_seed0_bfloat16.json").read_text())
+    fingerprint = re.search(r"Fingerprint of images and labels: (\w+)", text)[1]
+    assert fingerprint == published["data_fingerprint"]
+    history = published["history"]
+    for n, accuracy in enumerate(history["test_accuracy"], start=1):
+        assert f"Accuracy: {round(100 * accuracy)}/10000 ({accuracy:.2f}%)" in text.split(f"Epoch {n}\n")[1]
+    assert describe_record(published) in text and len(history["test_accuracy"]) == 40
+    # Its folder follows from the recipe, the network, the augmentation and the fingerprint.
+    monkeypatch.setattr(records, "data_fingerprint", lambda *_: fingerprint)
+    config = Config.named("default", batch_size=128)
+    assert f"Folder of this run: {run_folder(AdvancedCNN(), None, None, config, 'cpu').as_posix()}\n" in text
 
 
 def test_no_injected_constants_are_left_in():
@@ -239,8 +258,8 @@ OPTIONAL = {"onnx"}  # for the export, which says how to install it
 
 
 def imported_packages():
-    """Return the top-level names that the notebook and the package import, without the standard library's."""
-    files = [ROOT / "model_AC.py", ROOT / "utils.py", *(ROOT / "session8").glob("*.py")]
+    """Return the top-level names that the notebook, train.py and the package import, without the standard library's."""
+    files = [ROOT / "model_AC.py", ROOT / "utils.py", ROOT / "train.py", *(ROOT / "session8").glob("*.py")]
     sources = [file.read_text(encoding="utf-8") for file in files] + [cell.source for cell in CODE]
     names = set()
     for node in ast.walk(ast.parse("\n".join(sources))):

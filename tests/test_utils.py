@@ -25,7 +25,7 @@ ALLOWED = {
     "trainer": {*MIDDLE, "checkpoint", "records", "training"},
     "lr_finder": {*MIDDLE, "checkpoint", "training", "trainer"},
     **{name: {*MIDDLE, "training"} for name in ("analysis", "inference")},
-    "evaluate": {*MIDDLE, "checkpoint", "training"},
+    "evaluate": {*MIDDLE, "checkpoint", "records", "training"},
     "plots": {"data"},
 }
 

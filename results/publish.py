@@ -1,0 +1,63 @@
+"""Publish finished runs: `python results/publish.py runs/HASH ...`, with --weights their weights too.
+
+Copies the record of each run to this folder, under a name that says what it is. `make results` then writes the tables.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import build
+
+from session8.training import VIEWS
+
+
+def published_name(record):
+    """Return the file name, without suffix, under which a record is published.
+
+    Raises ValueError if it must not be: only whole runs of a named recipe on all training images of CIFAR-10, from
+    start to end with the code of one commit, are published.
+    """
+    parts, commit, recipe = record.get("parts", []), record.get("commit") or "none", build.recipe_name(record)
+    images = f"{record['n_train']:,} and {record['n_test']:,} images of {record['data']}"
+    checks = {
+        "its recipe is not one of build.NAMED": recipe is not None,
+        f"its data are {images}": images.startswith("50,000 and 10,000") and "synthetic" not in images,
+        f"it has batches of {record['batch_size']} images, not 128": record["batch_size"] == 128,
+        "it is not finished": len(record["history"]["seconds"]) == record["config"]["epochs"],
+        f"it was trained in {len(parts)} parts, not one": len(parts) == 1,
+        f"the commit of its code is {commit}": re.fullmatch("[0-9a-f]{40}", commit),
+        "it has no accuracy with several views": set(record.get("views", {})) == {str(n) for n in VIEWS[1:]},
+    }
+    for reason, passed in checks.items():
+        if not passed:
+            raise ValueError(f"not published: {reason}")
+    return "_".join([record["model"], *recipe.split(), f"seed{record['config']['seed']}", record["arithmetic"]])
+
+
+def publish(run, weights=False, results=build.RESULTS):
+    """Copy the record of the run in a folder, and its weights if asked for. Returns the path of the copy."""
+    run = Path(run)
+    name = published_name(json.loads((run / "record.json").read_text(encoding="utf-8")))
+    copy = results / f"{name}.json"
+    if copy.exists():
+        raise ValueError(f"not published: '{copy}' exists; delete it to replace it")
+    if weights:
+        shutil.copyfile(run / "model.safetensors", copy.with_suffix(".safetensors"))
+    shutil.copyfile(run / "record.json", copy)
+    return copy
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--weights", action="store_true", help="also copy the weights")
+    options = parser.parse_args()
+    for run in options.runs:
+        try:
+            print(publish(run, options.weights))
+        except (OSError, ValueError) as error:
+            sys.exit(f"'{run}': {error}")
