@@ -1,4 +1,4 @@
-"""Entry point of PyTorch Hub: `torch.hub.load(path, "advanced_cnn", weights="fast", source="local")`."""
+"""Entry point of PyTorch Hub: `torch.hub.load(path, "advanced_cnn", weights="one_cycle", source="local")`."""
 
 from pathlib import Path as _Path  # torch.hub.list shows the callables without an underscore
 
@@ -6,14 +6,14 @@ from model_AC import AdvancedCNN as _AdvancedCNN
 from session8.checkpoint import load_model as _load_model
 
 dependencies = ["torch", "safetensors"]
-WEIGHTS = ("fast", "one_cycle")
+WEIGHTS = ("one_cycle",)
 
 
 def advanced_cnn(weights=None, **arguments):
     """Return an AdvancedCNN.
 
-    weights: "fast" or "one_cycle" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode;
-    None for a new one, made with `arguments`: num_classes, dropout, width.
+    weights: "one_cycle" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode; None for a
+    new one, made with `arguments`: num_classes, dropout, width.
 
     Raises ValueError for other weights, or if arguments are given with weights, whose network is fixed.
     """

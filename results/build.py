@@ -33,7 +33,7 @@ SECTIONS = {
         ("benchmarks", "docs/benchmarks.md"),
     )
 }
-WEIGHTS = RESULTS / "AdvancedCNN_fast_seed0_bfloat16.safetensors"  # whose mistakes are shown
+WEIGHTS = RESULTS / "AdvancedCNN_one_cycle_seed0_bfloat16.safetensors"  # whose mistakes are shown
 FAST = Config.named("fast")
 # The recipe `fast` without one of its parts.
 PARTS = {

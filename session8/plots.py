@@ -179,8 +179,9 @@ def plot_runs(runs):
     figure.caption = "There are no finished runs yet."
     if best:
         figure.caption = (
-            f"Test accuracy of {len(runs)} runs. The highest last one is {best['history']['test_accuracy'][-1]:.2f} %: "
-            f"{best['label']}. Right: only runs on {devices[0]}."
+            f"Test accuracy of {len(runs)} {'run' if len(runs) == 1 else 'runs'}. "
+            f"The highest last one is {best['history']['test_accuracy'][-1]:.2f} %: {best['label']}. "
+            f"Right: only runs on {devices[0]}."
         )
     return figure
 
