@@ -137,7 +137,7 @@ def plot_schedule(configs):
     for (name, config), color, style in zip(configs.items(), (ORANGE, BLUE, GREEN), ("--", "-", ":"), strict=False):
         epochs = np.linspace(0, config.epochs, 401)
         rates = [config.lr_at(config.progress(done)) for done in epochs]
-        label = f"{name} (peak: {max(rates):.4g})"
+        label = f"{name} (peak: {config.lr:.4g})"
         ax.plot(epochs, rates, style, color=color, linewidth=2, label=label)
         described.append(f"{name}: {rates[0]:.3g} at first, {max(rates):.3g} at most, {rates[-1]:.3g} at the end")
     ax.set_ylim(bottom=0)
