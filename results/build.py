@@ -155,7 +155,7 @@ def results_section(records):
     return (
         f"{headline(records)}\n![Test accuracy over the minutes of training](results/accuracy.png)\n\n"
         f"{accuracy_table(records)}\n"
-        f"Test accuracies of the last epoch: mean ± standard deviation over seeds (their number). "
+        "Test accuracies of the last epoch: mean ± standard deviation over seeds (their number). "
         f"Batches of {batches}. Data: {data}.\n"
     )
 
