@@ -1,19 +1,19 @@
-"""Entry point of PyTorch Hub: `torch.hub.load(path, "advanced_cnn", weights="one_cycle", source="local")`."""
+"""Entry point of PyTorch Hub: `torch.hub.load(path, "advanced_cnn", weights="fast", source="local")`."""
 
 from pathlib import Path as _Path  # torch.hub.list shows the callables without an underscore
 
 from model_AC import AdvancedCNN as _AdvancedCNN
 from session8.checkpoint import load_model as _load_model
 
-dependencies = ["torch", "safetensors"]
-WEIGHTS = ("one_cycle",)
+dependencies = ["torch", "numpy", "safetensors"]
+WEIGHTS = ("fast", "one_cycle")
 
 
 def advanced_cnn(weights=None, **arguments):
     """Return an AdvancedCNN.
 
-    weights: "one_cycle" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode; None for a
-    new one, made with `arguments`: num_classes, dropout, width.
+    weights: "fast" or "one_cycle" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode;
+    None for a new one, made with `arguments`: num_classes, dropout, width.
 
     Raises ValueError for other weights, or if arguments are given with weights, whose network is fixed.
     """

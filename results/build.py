@@ -33,7 +33,7 @@ SECTIONS = {
         ("benchmarks", "docs/benchmarks.md"),
     )
 }
-WEIGHTS = RESULTS / "AdvancedCNN_one_cycle_seed0_bfloat16.safetensors"  # whose mistakes are shown
+WEIGHTS = RESULTS / "AdvancedCNN_fast_seed0_bfloat16.safetensors"  # whose mistakes are shown
 FAST = Config.named("fast")
 # The recipe `fast` without one of its parts.
 PARTS = {
@@ -44,7 +44,7 @@ PARTS = {
     "alternating flip": replace(FAST, flip="random"),
 }
 NAMED = {**{name: Config.named(name) for name in RECIPES}, **{f"fast without {name}": PARTS[name] for name in PARTS}}
-AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
+AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench/tree/00e4a0a3cef82fc752c17453bab2435ddc1f7f1e"
 # Published elsewhere: network, epochs, MACs, PFLOP, accuracy in one pass, with six views.
 THEIRS = (
     ("[ResNet-20, He et al. 2015](https://arxiv.org/abs/1512.03385)", "164", "40.6 M", "2.00", "91.25 %", ""),
@@ -110,6 +110,10 @@ def minutes_to(accuracy, run):
     return next((minutes for minutes, reached in tested if reached >= accuracy), None)
 
 
+def devices_of(runs):
+    return "; ".join(sorted({run["device"] for run in runs}))
+
+
 def mean_minutes(values):
     return "" if None in values else f"{statistics.mean(values):.1f}"
 
@@ -138,14 +142,17 @@ def accuracy_table(records):
 
 
 def headline(records):
-    """Return the result in one sentence: the mean test accuracy of AdvancedCNN with each recipe, per device."""
+    """Return the result in one sentence: the mean test accuracy of AdvancedCNN with each recipe."""
     ours = [record for record in published(records) if record["model"] == "AdvancedCNN"]
     results = [
         f"{statistics.mean(test_accuracies(runs)):.2f} % after {mean_minutes([run['seconds'] / 60 for run in runs])} "
         f"minutes with the recipe `{recipe_name(runs[0])}`"
         for runs in rows_of(ours)
     ]
-    return f"Accuracy on the {ours[0]['n_test']:,} test images, in one pass: {', '.join(results)}.\n"
+    return (
+        f"Accuracy on the {ours[0]['n_test']:,} test images, in one pass, trained on {devices_of(ours)}: "
+        f"{', '.join(results)}.\n"
+    )
 
 
 def results_section(records):
@@ -155,7 +162,7 @@ def results_section(records):
     return (
         f"{headline(records)}\n![Test accuracy over the minutes of training](results/accuracy.png)\n\n"
         f"{accuracy_table(records)}\n"
-        "Test accuracies of the last epoch: mean ± standard deviation over seeds (their number). "
+        "Test accuracies of the last epoch: mean ± standard deviation over seeds (number of seeds). "
         f"Batches of {batches}. Data: {data}.\n"
     )
 
@@ -223,7 +230,7 @@ def plot_results(records):
         for number, run in enumerate(runs):
             ax.plot(minutes_of(run), run["history"]["test_accuracy"], **look, label=None if number else label)
     ax.set_title("Test accuracy over the minutes of training, tests included", fontsize=12)
-    ax.set_xlabel(f"minutes on {'; '.join(sorted({run['device'] for run in shown}))}")
+    ax.set_xlabel(f"minutes on {devices_of(shown)}")
     ax.set_ylabel("accuracy (%), from 70")
     ax.set_ylim(bottom=70)
     ax.set_xlim(left=0)

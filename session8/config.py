@@ -17,8 +17,8 @@ RECIPES = {
         bias_lr_scale=16.0, ema_decay=0.998, label_smoothing=0.1, cutout=8, dropout=0.0, padding="reflect",
         flip="alternate",
     ),
-    # A wider network for fewer epochs, half of them on small images (arXiv:2104.00298). In so few epochs, less
-    # augmentation and more label smoothing do.
+    # A wider network for fewer epochs, half of them on small images (arXiv:2104.00298), with less augmentation and more
+    # label smoothing than `one_cycle`.
     "fast": dict(
         epochs=14, batch_size=128, width=1.75, schedule="one_cycle", lr=0.1, lr_start=0.2, lr_end=0.05, nesterov=True,
         weight_decay=6e-4, bias_lr_scale=16.0, ema_decay=0.996, label_smoothing=0.2, dropout=0.0, padding="reflect",

@@ -32,7 +32,7 @@ def evaluate(path, data=None, device=None):
 
 
 def main(arguments=None):
-    """Print the accuracies of a file of weights, and how many images more or fewer are correct than it states."""
+    """Print the accuracies of a file of weights, and their differences from those it states."""
     parser = argparse.ArgumentParser(prog="python -m session8.evaluate", description=evaluate.__doc__.split("\n\n")[0])
     parser.add_argument("weights", help="a file that `save_model` wrote")
     parser.add_argument("--data", help="folder with CIFAR-10; see `load_cifar10`")

@@ -33,7 +33,7 @@ def test_torch_hub_makes_a_new_network():
 
 
 def test_bad_input_weights():
-    with pytest.raises(ValueError, match="weights is 'best'; expected one of 'one_cycle', or None"):
+    with pytest.raises(ValueError, match="weights is 'best'; expected one of 'fast', 'one_cycle', or None"):
         hubconf.advanced_cnn(weights="best")
-    with pytest.raises(ValueError, match="weights='one_cycle' fixes the network: leave out width"):
-        hubconf.advanced_cnn(weights="one_cycle", width=2.0)
+    with pytest.raises(ValueError, match="weights='fast' fixes the network: leave out width"):
+        hubconf.advanced_cnn(weights="fast", width=2.0)
