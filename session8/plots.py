@@ -8,6 +8,7 @@ import io
 import re
 import statistics
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -152,7 +153,9 @@ def plot_runs(runs):
     runs: from `records.read_runs`. Runs that differ in the seed only have one colour and line style. Minutes are
     compared between runs on the same device only: those of the device with the most runs are shown.
     """
-    figure = CaptionedFigure(figsize=(9, 4.2), layout="constrained")
+    labels = [fill(run["label"], 110) for run in runs]
+    rows = sum(label.count("\n") + 1 for label in labels)
+    figure = CaptionedFigure(figsize=(9, 3.6 + 0.2 * rows), layout="constrained")  # room for the legend
     by_epochs, by_minutes = figure.subplots(1, 2, sharey=True)
     devices = statistics.multimode(run["device"] for run in runs)
     groups = list(dict.fromkeys(run["group"] for run in runs))
@@ -161,7 +164,7 @@ def plot_runs(runs):
         accuracy, minutes = run["history"]["test_accuracy"], np.cumsum(run["history"]["seconds"]) / 60
         look = {"color": f"C{group % 10}", "linestyle": ("-", "--", "-.", ":")[group % 4]}
         look |= {"marker": "os^vD*P"[index % 7], "markersize": 4}
-        by_epochs.plot(np.arange(1, len(accuracy) + 1), accuracy, label=run["label"], **look)
+        by_epochs.plot(np.arange(1, len(accuracy) + 1), accuracy, label=labels[index], **look)
         if run["device"] == devices[0]:
             by_minutes.plot(minutes, accuracy, **look)
     synthetic = any("NOT CIFAR-10" in run["data"] for run in runs)
@@ -172,7 +175,7 @@ def plot_runs(runs):
     for ax in (by_epochs, by_minutes):
         ax.grid(alpha=0.3)
     if runs:
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure.legend(loc="outside lower center", fontsize=9)
     finished = [run for run in runs if run["history"]["test_accuracy"]]
     finished = [run for run in finished if "NOT CIFAR-10" not in run["data"]] or finished
     best = max(finished, key=lambda run: run["history"]["test_accuracy"][-1], default=None)

@@ -231,8 +231,8 @@ def read_runs(base="runs"):
     """Read the records of all runs in a folder, sorted so that runs of one kind are next to each other.
 
     Each is a record as `write_record` makes it, with three more entries: `folder`, its name; `group`, equal for runs
-    that differ in the seed only; `label`, which names in what it differs from the others. A damaged or foreign record
-    is skipped, and its path is printed.
+    that differ in the seed only; `label`: its recipe, and in what it differs from this recipe and from other runs with
+    it. A damaged or foreign record is skipped, and its path is printed.
     """
     runs = []
     for path in sorted(Path(base).glob("*/record.json")):
@@ -249,7 +249,7 @@ def read_runs(base="runs"):
         runs.append({**record, "folder": path.parent.name, "group": group})
     varying = _varying(runs)
     for run in runs:
-        run["label"] = ", ".join(f"{name} {_facts(run).get(name)}" for name in varying) or run["folder"]
+        run["label"] = _label(run, runs, varying) or run["folder"]
     return sorted(runs, key=lambda run: (run["data"], run["group"], run["config"]["seed"], run["folder"]))
 
 
@@ -260,6 +260,7 @@ def _recipe(config):
         return sum(config.get(field, value) != value for field, value in item[1].items())
 
     recipes = {name: asdict(Config.named(name, epochs=config["epochs"])) for name in RECIPES}
+    config = {**asdict(Config()), **config}
     return min(recipes.items(), key=distance)
 
 
@@ -269,7 +270,8 @@ def _facts(record):
     facts = {name: record.get(name) for name in names}
     facts["processes"] = record.get("world_size", 1)
     facts["epochs done"] = len(record["history"]["test_accuracy"])
-    return {"recipe": _recipe(record["config"])[0], **record["config"], **facts}
+    # A field newer than the record had its default.
+    return {"recipe": _recipe(record["config"])[0], **asdict(Config()), **record["config"], **facts}
 
 
 def _varying(runs):
@@ -283,6 +285,19 @@ def _varying(runs):
     as_named = [name for name in names if all(r.get(name) == f.get(name) for r, f in zip(recipes, facts, strict=True))]
     varying = [name for name in names if len({repr(each.get(name)) for each in facts}) > 1 and name not in as_named]
     return sorted(varying, key=lambda name: name == "seed")
+
+
+def _label(run, runs, varying):
+    """Return the label of a run: of the varying facts, those that its recipe does not tell."""
+    facts, (name, recipe) = _facts(run), _recipe(run["config"])
+    peers = [_facts(other) for other in runs if _recipe(other["config"])[0] == name]
+
+    def told(fact):
+        if fact in recipe and fact != "seed":
+            return facts[fact] == recipe[fact]
+        return fact != "recipe" and all(peer[fact] == facts[fact] for peer in peers)
+
+    return ", ".join(f"{fact} {facts[fact]}" for fact in varying if not told(fact))
 
 
 def runs_table(runs):

@@ -90,6 +90,14 @@ def test_runs_are_compared_over_epochs_and_on_one_device_over_minutes():
     assert "no finished runs" in plots.plot_runs([]).caption
 
 
+def test_the_legend_of_many_runs_with_long_labels_stays_in_the_figure():
+    figure = plots.plot_runs([{**RUNS[0], "label": f"run {index}, " + "some setting 1, " * 12} for index in range(12)])
+    figure.draw_without_rendering()
+    legend, size = figure.legends[0].get_window_extent(), figure.bbox
+    assert legend.x0 >= 0 and legend.x1 <= size.x1 and legend.y0 >= 0
+    assert all(ax.get_window_extent().height > 0.25 * size.height for ax in figure.axes)
+
+
 @pytest.fixture
 def every_figure(split, mistakes, logits, cams):
     confusion = confusion_matrix(logits, split.labels)

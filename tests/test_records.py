@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import albumentations as A
@@ -193,7 +194,7 @@ def runs(tmp_path):
 def test_runs_are_averaged_if_only_the_seed_differs(runs):
     table = records.runs_table(records.read_runs(runs)).splitlines()
     assert re.split(r"  +", table[0]) == [
-        "recipe", "lr", "data", "seed", "test accuracy", "mean ± sd (n)", "seconds", "device", "run",
+        "lr", "data", "seed", "test accuracy", "mean ± sd (n)", "seconds", "device", "run",
     ]  # fmt: skip
     rows = {line.split()[-1]: line for line in table[1:]}
     assert len(rows) == 6
@@ -201,6 +202,25 @@ def test_runs_are_averaged_if_only_the_seed_differs(runs):
         assert "83.00 ± 3.61 (3)" in rows[name]
     assert not any("±" in rows[name] for name in "def")
     assert "NOT CIFAR-10" in rows["e"] and "80.00 %" in rows["a"] and "another GPU" in rows["f"]
+
+
+def test_labels_name_what_the_recipe_does_not_tell(runs):
+    path = runs / "d" / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": asdict(Config.named("fast", cutout=8))}))
+    label = {run["folder"]: run["label"] for run in records.read_runs(runs)}
+    assert label["b"] == "recipe default, data CIFAR-10, class folders, seed 1"
+    assert label["f"] == "recipe default, lr 0.5, data CIFAR-10, class folders, seed 0"
+    assert label["d"].startswith("recipe fast,") and "cutout 8" in label["d"]
+    assert not re.search("lr|width|data", label["d"])  # its recipe's, or equal in all runs with it
+
+
+def test_a_record_older_than_a_field_had_its_default(runs):
+    path = runs / "b" / "record.json"
+    record = json.loads(path.read_text())
+    record["config"] = {**asdict(Config()), **record["config"]}
+    path.write_text(json.dumps(record))
+    assert "83.00 ± 3.61 (3)" in records.runs_table(records.read_runs(runs))
 
 
 def test_records_of_different_data_are_never_averaged_even_under_one_name(runs):
