@@ -81,7 +81,8 @@ def _row_key(record):
     """Return what the runs of one row of a table share, in the order of the rows."""
     recipe = list(NAMED).index(recipe_name(record)), record["batch_size"], record["data_fingerprint"]
     machine = record["arithmetic"] == "float32", record["arithmetic"], record["device"]  # float32 comes last
-    return record["model"], record["macs"], *recipe, *machine
+    code = json.dumps([record["sources"], record["versions"]], sort_keys=True)
+    return record["model"], record["macs"], *recipe, *machine, code
 
 
 def rows_of(records):

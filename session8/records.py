@@ -230,11 +230,12 @@ def describe_record(record):
 def read_runs(base="runs"):
     """Read the records of all runs in a folder, sorted so that runs of one kind are next to each other.
 
-    Each is a record as `write_record` makes it, with three more entries: `folder`, its name; `group`, equal for runs
-    that differ in the seed only; `label`: its recipe, and in what it differs from this recipe and from other runs with
-    it. A damaged or foreign record is skipped, and its path is printed.
+    Each is a record as `write_record` makes it, with four more entries: `folder`, its name; `code`, a hash of source
+    files and package versions, empty unless runs with the same settings differ in it; `group`, equal for runs that
+    differ in the seed only; `label`: its recipe, and in what it differs from this recipe and from other runs with it.
+    A damaged or foreign record is skipped, and its path is printed.
     """
-    runs = []
+    runs, settings, codes = [], [], {}
     for path in sorted(Path(base).glob("*/record.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -242,11 +243,18 @@ def read_runs(base="runs"):
             numbers = [*record["history"]["test_accuracy"], *record["history"]["seconds"], record["seconds"]]
             if not all(isinstance(number, int | float) for number in numbers):
                 raise TypeError("a number is missing")
+            same = short_hash([{**facts, "seed": None}, record["data_fingerprint"]])
+            code = short_hash([record.get("sources"), record.get("versions")])
+            group = short_hash([same, code, record["device"]])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"'{path}' is skipped: not a record of this project ({type(error).__name__}: {error})")
             continue
-        group = short_hash([{**facts, "seed": None}, record["data_fingerprint"]])
-        runs.append({**record, "folder": path.parent.name, "group": group})
+        settings.append(same)
+        codes.setdefault(same, set()).add(code)
+        runs.append({**record, "folder": path.parent.name, "code": code, "group": group})
+    for run, same in zip(runs, settings, strict=True):
+        if len(codes[same]) == 1:
+            run["code"] = ""
     varying = _varying(runs)
     for run in runs:
         run["label"] = _label(run, runs, varying) or run["folder"]
@@ -266,7 +274,7 @@ def _recipe(config):
 
 def _facts(record):
     """Return what may differ between runs, apart from their results and devices."""
-    names = ("model", "width", "parameters", "arithmetic", "batch_size", "data")
+    names = ("model", "width", "parameters", "arithmetic", "batch_size", "data", "code")
     facts = {name: record.get(name) for name in names}
     facts["processes"] = record.get("world_size", 1)
     facts["epochs done"] = len(record["history"]["test_accuracy"])
@@ -297,7 +305,7 @@ def _label(run, runs, varying):
             return facts[fact] == recipe[fact]
         return fact != "recipe" and all(peer[fact] == facts[fact] for peer in peers)
 
-    return ", ".join(f"{fact} {facts[fact]}" for fact in varying if not told(fact))
+    return ", ".join(f"{fact} {facts[fact]}" for fact in varying if not told(fact) and facts[fact] != "")
 
 
 def runs_table(runs):

@@ -230,6 +230,25 @@ def test_records_of_different_data_are_never_averaged_even_under_one_name(runs):
     assert "83.50 ± 4.95 (2)" in table and "(3)" not in table  # 80 and 87
 
 
+@pytest.mark.parametrize(
+    "change", [{"sources": {"model_AC.py": "12"}}, {"versions": {"torch": "2.9"}}, {"device": "another CPU"}]
+)
+def test_runs_of_other_code_versions_or_devices_are_not_averaged(runs, change):
+    path = runs / "b" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    found = records.read_runs(runs)
+    table = records.runs_table(found)
+    assert "83.50 ± 4.95 (2)" in table and "(3)" not in table  # 80 and 87
+    code = {run["folder"]: run["code"] for run in found}
+    assert code["d"] == code["e"] == code["f"] == ""
+    if "device" in change:
+        assert set(code.values()) == {""} and not re.search(r"\bcode\b", table)
+    else:  # what differs is named
+        assert code["a"] == code["c"] != code["b"] and table.startswith("lr ") and "  code  " in table
+        labels = {run["folder"]: run["label"] for run in found}
+        assert f"code {code['b']}" in labels["b"] and "code" not in labels["d"]
+
+
 def test_bad_input_damaged_and_foreign_records_are_named_and_skipped(runs, capsys):
     for name, text in (("x", "{"), ("y", '{"answer": 42}'), ("z", "[]"), ("w", '{"history": {"test_accuracy": []}}')):
         (runs / name).mkdir()

@@ -83,6 +83,7 @@ def made_up(model="AdvancedCNN", recipe="default", seed=0, accuracy=90.0, minute
     return {
         "model": model, "config": config, "batch_size": 128, "n_train": 50_000, "n_test": 10_000, "macs": 39_500_000,
         "parameters": 1_000_000, "pflop": 0.25, "data": "CIFAR-10", "data_fingerprint": "0", "device": "a CPU",
+        "sources": {"trainer.py": "0"}, "versions": {"torch": "2.14.1"},
         "arithmetic": "float32" if config["precision"] == "float32" else "bfloat16", "commit": "0" * 40, "parts": [{}],
         "history": {"test_accuracy": [85.0, accuracy], "test_loss": [1.0, 0.5], "seconds": [60 * m for m in minutes]},
         "seconds": 60 * sum(minutes), "views": {"2": accuracy + 0.5, "6": accuracy + 0.75},
@@ -125,11 +126,13 @@ def test_runs_are_averaged_only_if_they_differ_in_nothing_but_the_seed():
         "arithmetic": made_up(precision="float32"),
         "device": {**made_up(seed=2), "device": "another"},
         "data": {**made_up(seed=2), "data_fingerprint": "1"},
+        "code": {**made_up(seed=2), "sources": {"trainer.py": "1"}},
+        "versions": {**made_up(seed=2), "versions": {"torch": "2.9.0"}},
         "changed recipe, which is not in the table": made_up(lr=0.5),
     }
     found = [(row[0], row[1], row[5][-3:], row[11]) for row in rows(build.accuracy_table(runs)) if row[1] != "theirs"]
     assert sorted(found) == [
-        ("AdvancedCNN", "default", "(1)", "a CPU, bfloat16"),
+        *[("AdvancedCNN", "default", "(1)", "a CPU, bfloat16")] * 3,  # data, code, versions
         ("AdvancedCNN", "default", "(1)", "a CPU, float32"),
         ("AdvancedCNN", "default", "(1)", "another, bfloat16"),
         ("AdvancedCNN", "default", "(2)", "a CPU, bfloat16"),
