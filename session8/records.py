@@ -91,8 +91,8 @@ def changes(parts, now):
         settings = {name: part[name] for name in ("device", "arithmetic", "augmentation")}
         return {**part["versions"], **part["sources"], **settings, "processes": part.get("world_size", 1)}
 
-    then = [item for part in parts for item in facts(part).items()]
-    return sorted({name for name, value in then if facts(now).get(name) != value})
+    then, now = [facts(part) for part in parts], facts(now)
+    return sorted({name for part in then for name in {**part, **now} if part.get(name) != now.get(name)})
 
 
 @cache
@@ -232,7 +232,7 @@ def read_runs(base="runs"):
 
     Each is a record as `write_record` makes it, with four more entries: `folder`, its name; `code`, a hash of source
     files and package versions, empty unless runs with the same settings differ in it; `group`, equal for runs that
-    differ in the seed only; `label`: its recipe, and in what it differs from this recipe and from other runs with it.
+    differ in the seed only; `label`: its recipe, and what distinguishes it from this recipe and from other runs of it.
     A damaged or foreign record is skipped, and its path is printed.
     """
     runs, settings, codes = [], [], {}
@@ -240,9 +240,10 @@ def read_runs(base="runs"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             facts = _facts(record)
-            numbers = [*record["history"]["test_accuracy"], *record["history"]["seconds"], record["seconds"]]
-            if not all(isinstance(number, int | float) for number in numbers):
-                raise TypeError("a number is missing")
+            history, seed = record["history"], record["config"]["seed"]
+            numbers = [*history["test_accuracy"], *history["seconds"], record["seconds"], seed]
+            if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record["data"], str):
+                raise TypeError("a number or the source of the data is missing")
             same = short_hash([{**facts, "seed": None}, record["data_fingerprint"]])
             code = short_hash([record.get("sources"), record.get("versions")])
             group = short_hash([same, code, record["device"]])
@@ -283,9 +284,9 @@ def _facts(record):
 
 
 def _varying(runs):
-    """Return the names of the facts in which runs differ, the seed last.
+    """Return the names of the facts in which runs differ, the seed last, without those that the recipe's name implies.
 
-    Settings that every run has from its recipe are not among them: the name of the recipe tells.
+    A recipe's name implies a setting if every run has its recipe's value of it.
     """
     facts = [_facts(run) for run in runs]
     names = dict.fromkeys(name for each in facts for name in each)
@@ -296,16 +297,17 @@ def _varying(runs):
 
 
 def _label(run, runs, varying):
-    """Return the label of a run: of the varying facts, those that its recipe does not tell."""
+    """Return the label of a run: of the varying facts, those that its recipe does not imply."""
     facts, (name, recipe) = _facts(run), _recipe(run["config"])
     peers = [_facts(other) for other in runs if _recipe(other["config"])[0] == name]
 
-    def told(fact):
+    def implied(fact):
         if fact in recipe and fact != "seed":
             return facts[fact] == recipe[fact]
-        return fact != "recipe" and all(peer[fact] == facts[fact] for peer in peers)
+        return fact != "recipe" and all(peer.get(fact) == facts.get(fact) for peer in peers)
 
-    return ", ".join(f"{fact} {facts[fact]}" for fact in varying if not told(fact) and facts[fact] != "")
+    shown = [fact for fact in varying if facts.get(fact, "") != "" and not implied(fact)]
+    return ", ".join(f"{fact} {facts[fact]}" for fact in shown)
 
 
 def runs_table(runs):

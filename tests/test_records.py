@@ -223,6 +223,22 @@ def test_a_record_older_than_a_field_had_its_default(runs):
     assert "83.00 ± 3.61 (3)" in records.runs_table(records.read_runs(runs))
 
 
+def test_a_field_that_only_some_records_have_is_named(runs):
+    path = runs / "b" / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": {**record["config"], "future": 7}}))
+    label = {run["folder"]: run["label"] for run in records.read_runs(runs)}
+    assert "future 7" in label["b"] and "future" not in label["a"]
+
+
+def test_what_changed_since_any_part_of_a_run_is_named():
+    part = {"versions": {"torch": "2.9"}, "sources": {"config.py": "1"}, "device": "a", "arithmetic": "b"}
+    part["augmentation"] = "albumentations"
+    now = {**part, "sources": {"config.py": "1", "newer.py": "2"}, "world_size": 2}
+    assert records.changes([part, {**now, "device": "b"}], now) == ["device", "newer.py", "processes"]
+    assert records.changes([part, part], part) == []
+
+
 def test_records_of_different_data_are_never_averaged_even_under_one_name(runs):
     path = runs / "b" / "record.json"
     path.write_text(path.read_text().replace('"real"', '"edited"'))
@@ -250,13 +266,16 @@ def test_runs_of_other_code_versions_or_devices_are_not_averaged(runs, change):
 
 
 def test_bad_input_damaged_and_foreign_records_are_named_and_skipped(runs, capsys):
-    for name, text in (("x", "{"), ("y", '{"answer": 42}'), ("z", "[]"), ("w", '{"history": {"test_accuracy": []}}')):
+    whole = json.loads((runs / "a" / "record.json").read_text())
+    without_seed = json.dumps({**whole, "config": {"lr": 0.01, "epochs": 2}})
+    without_data = json.dumps({name: value for name, value in whole.items() if name != "data"})
+    for name, text in {"x": "{", "y": '{"answer": 42}', "z": "[]", "w": without_seed, "v": without_data}.items():
         (runs / name).mkdir()
         (runs / name / "record.json").write_text(text)
     (runs / "empty").mkdir()
     assert len(records.read_runs(runs)) == 6
     printed = capsys.readouterr().out
-    assert all(f"{name}/record.json' is skipped: not a record" in printed.replace(os.sep, "/") for name in "wxyz")
+    assert all(f"{name}/record.json' is skipped: not a record" in printed.replace(os.sep, "/") for name in "vwxyz")
     assert records.runs_table(records.read_runs(runs / "nowhere")) == "There are no finished runs yet."
 
 
