@@ -41,7 +41,10 @@ def published_name(record):
 def publish(run, weights=False, results=build.RESULTS):
     """Copy the record of the run in a folder, and its weights if asked for. Returns the path of the copy."""
     run = Path(run)
-    name = published_name(json.loads((run / "record.json").read_text(encoding="utf-8")))
+    try:
+        name = published_name(json.loads((run / "record.json").read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not published: not a record of this project ({type(error).__name__}: {error})") from error
     copy = results / f"{name}.json"
     if copy.exists():
         raise ValueError(f"not published: '{copy}' exists; delete it to replace it")

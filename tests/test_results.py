@@ -100,6 +100,7 @@ def test_the_headline_is_the_mean_of_our_runs_per_recipe():
     runs |= {"other network": made_up("ResNet20", accuracy=10.0), "float32": made_up(precision="float32")}
     runs |= {"without a part": made_up(recipe="fast", flip="random", accuracy=10.0)}
     runs |= {"other recipe": made_up(recipe="one_cycle", accuracy=95.0, minutes=(0.25, 0.5))}
+    runs |= {"other device": {**made_up(accuracy=10.0), "device": "a CPU with fewer runs"}}
     assert build.headline(runs) == (
         "Accuracy on the 10,000 test images, in one pass, trained on a CPU: "
         "90.50 % after 3.0 minutes with the recipe `default`, 95.00 % after 0.8 minutes with the recipe `one_cycle`.\n"
@@ -147,8 +148,10 @@ def test_each_part_of_fast_has_a_row_of_its_own():
     runs = {name: made_up(recipe="fast", **change) for name, change in changes.items()}
     runs |= {str(seed): made_up(recipe="fast", seed=seed, accuracy=94.0 + seed) for seed in (0, 1)}
     runs |= {"other": made_up(), "float32": made_up(recipe="fast", precision="float32")}
-    whole, *parts = rows(build.parts_section(runs))
-    assert whole == ["fast", "0.25", "3.0", "94.50 ± 0.71 % (2)", "95.00 ± 0.71 %", "95.25 ± 0.71 %"]
+    runs |= {"device": {**made_up(recipe="fast", accuracy=94.0), "device": "another"}}
+    whole, elsewhere, *parts = rows(build.parts_section(runs))
+    assert whole == ["fast", "0.25", "94.50 ± 0.71 % (2)", "95.00 ± 0.71 %", "95.25 ± 0.71 %", "3.0", "a CPU"]
+    assert elsewhere == ["fast", "0.25", "94.00 % (1)", "94.50 %", "94.75 %", "3.0", "another"]
     assert {row[0] for row in parts} == {f"fast without {name}" for name in changes} and len(parts) == len(changes)
     assert set(changes) == set(build.PARTS)
 
@@ -162,6 +165,15 @@ def test_the_figure_shows_the_histories_of_its_records_over_the_minutes():
     assert list(first.get_xdata()) == [1.0, 3.0] and list(first.get_ydata()) == [85.0, 91.0]
     assert second.get_label() == "ResNet20, one_cycle: 90.50 % (1)" and list(second.get_ydata()) == [85.0, 90.5]
     assert first.get_linestyle() != second.get_linestyle() and first.get_color() != second.get_color()
+
+
+def test_the_figure_has_a_panel_per_device():
+    records = {"a": made_up(), "b": {**made_up(accuracy=91.0), "device": "another"}}
+    here, there = build.plot_results(records).axes
+    assert [ax.get_xlabel() for ax in (here, there)] == ["minutes on a CPU", "minutes on another"]
+    assert [list(line.get_ydata()) for line in here.lines] == [[85.0, 90.0]]
+    assert [list(line.get_ydata()) for line in there.lines] == [[85.0, 91.0]]
+    assert (here.get_xlim(), here.get_ylim()) == (there.get_xlim(), there.get_ylim())
 
 
 # -- publishing ----------------------------------------------------------------------------------------------------
@@ -223,6 +235,14 @@ def test_bad_input_runs_that_must_not_be_published(changes, reason, run, tmp_pat
     monkeypatch.setitem(build.NAMED, "fast", Config.named("fast", epochs=2))
     with pytest.raises(ValueError, match=f"not published: .*{reason}"):
         publish(run(**changes), results=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"answer": 42}', '{"config": {"future": 7}}', "{"])
+def test_bad_input_foreign_records_are_not_published(text, run, tmp_path):
+    folder = run()
+    (folder / "record.json").write_text(text)
+    with pytest.raises(ValueError, match="not published: not a record of this project"):
+        publish(folder, results=tmp_path)
 
 
 def test_benchmark_table_shows_the_record():
