@@ -43,7 +43,10 @@ PARTS = {
     "width": replace(FAST, width=1.0),
     "alternating flip": replace(FAST, flip="random"),
 }
-NAMED = {**{name: Config.named(name) for name in RECIPES}, **{f"fast without {name}": PARTS[name] for name in PARTS}}
+NAMED = {
+    **{name: Config.named(name) for name in RECIPES},
+    **{f"fast without {name}": part for name, part in PARTS.items()},
+}
 AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench/tree/00e4a0a3cef82fc752c17453bab2435ddc1f7f1e"
 # Published elsewhere: network, epochs, MACs, PFLOP, accuracy in one pass, with six views.
 THEIRS = (
@@ -152,12 +155,12 @@ def headline(records):
     """Return the result in one sentence: the mean test accuracy of AdvancedCNN with each recipe, on one device."""
     ours = on_main_device([record for record in published(records) if record["model"] == "AdvancedCNN"])
     results = [
-        f"{statistics.mean(test_accuracies(runs)):.2f} % after {minutes_of_training(runs)} minutes with the recipe "
-        f"`{recipe_name(runs[0])}`"
+        f"{statistics.mean(test_accuracies(runs)):.2f} % with the recipe `{recipe_name(runs[0])}` "
+        f"({minutes_of_training(runs)} minutes)"
         for runs in rows_of(ours)
     ]
     return (
-        f"Accuracy on the {ours[0]['n_test']:,} test images, in one pass, trained on {ours[0]['device']}: "
+        f"Accuracy on the {ours[0]['n_test']:,} test images in one pass, after training on {ours[0]['device']}: "
         f"{', '.join(results)}.\n"
     )
 

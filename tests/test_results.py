@@ -102,8 +102,8 @@ def test_the_headline_is_the_mean_of_our_runs_per_recipe():
     runs |= {"other recipe": made_up(recipe="one_cycle", accuracy=95.0, minutes=(0.25, 0.5))}
     runs |= {"other device": {**made_up(accuracy=10.0), "device": "a CPU with fewer runs"}}
     assert build.headline(runs) == (
-        "Accuracy on the 10,000 test images, in one pass, trained on a CPU: "
-        "90.50 % after 3.0 minutes with the recipe `default`, 95.00 % after 0.8 minutes with the recipe `one_cycle`.\n"
+        "Accuracy on the 10,000 test images in one pass, after training on a CPU: "
+        "90.50 % with the recipe `default` (3.0 minutes), 95.00 % with the recipe `one_cycle` (0.8 minutes).\n"
     )
 
 
