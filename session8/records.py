@@ -115,12 +115,19 @@ def project_commit():
 # -- the record ----------------------------------------------------------------------------------------------------
 
 
-def print_history(history, n_test):
+def print_history(history, config, n_test):
     """Print the result of each epoch in a history."""
     for epoch, seconds in enumerate(history["seconds"]):
         loss, accuracy = history["train_loss"][epoch], history["train_accuracy"][epoch]
-        print(f"Epoch {epoch + 1}\nTrain set: Average loss: {loss:.4f}, Accuracy: {accuracy:.2f}%, {seconds:.0f} s")
+        print(epoch_line(config, epoch))
+        print(f"Train set: Average loss: {loss:.4f}, Accuracy: {accuracy:.2f}%, {seconds:.0f} s")
         print(test_line(history["test_loss"][epoch], history["test_accuracy"][epoch], n_test), flush=True)
+
+
+def epoch_line(config, epoch):
+    """Return the log's first line of an epoch: its number and, if the recipe has small images, their size."""
+    size = config.image_size(epoch)
+    return f"Epoch {epoch + 1}" + (f" ({size} by {size} pixels)" if config.low_res_epochs else "")
 
 
 def test_line(loss, accuracy, n, views=1):

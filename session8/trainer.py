@@ -19,7 +19,7 @@ from session8.augment import train_transforms
 from session8.checkpoint import CheckpointError, Checkpoints, differences, rng_state, set_rng_state
 from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
 from session8.loaders import make_loader
-from session8.records import changes, environment, print_history, run_identity, short_hash, utc_now
+from session8.records import changes, environment, epoch_line, print_history, run_identity, short_hash, utc_now
 from session8.training import (
     TEST_BATCH_SIZE,
     Progress,
@@ -163,9 +163,7 @@ class Trainer:
             if on_refresh:
                 on_refresh()
 
-        size = self.config.image_size(self.epoch)
-        small = f" ({size} by {size} pixels)" if self.config.low_res_epochs else ""
-        print(f"Epoch {self.epoch + 1}{small}", flush=True)
+        print(epoch_line(self.config, self.epoch), flush=True)
         self.train_loader.set_epoch(self.epoch, self.progress.batches)
         trained = train(
             self.replica, self.train_loader, self.optimizer, self.config, self.device, self.epoch, self.scaler,
@@ -265,7 +263,7 @@ def fit(
             trainer.load_state_dict(state)
             print(_resume_message(trainer, checkpoint_dir, state))
         print()
-        print_history(trainer.history, len(test_split))
+        print_history(trainer.history, config, len(test_split))
         if trainer.epoch < config.epochs:
             _train_to_the_end(trainer, checkpoints, checkpoint_dir)
         if trainer.result is not model:

@@ -431,11 +431,17 @@ def test_the_first_epochs_train_on_small_images_and_all_test_at_full_size(synthe
 
 @pytest.mark.parametrize("at", [5, 13, 20, 30])  # in small epochs, at the first step of the second, and in a full one
 def test_resume_of_small_images_and_averaged_weights_is_bitwise_equal(
-    unbroken_fast, synthetic, tmp_path, every_step, at
+    unbroken_fast, synthetic, tmp_path, every_step, capsys, at
 ):
     fit(Interrupted(at), *synthetic, FAST, "cpu", tmp_path, **every_step)
+    capsys.readouterr()
     model = Interrupted(seed=99)
     history = fit(model, *synthetic, FAST, "cpu", tmp_path, **every_step)
+    small, full = "(24 by 24 pixels)", "(32 by 32 pixels)"
+    log = log_of(capsys.readouterr().out)
+    assert [line for line in log if line.startswith("Epoch")] == [
+        f"Epoch 1 {small}", f"Epoch 2 {small}", f"Epoch 3 {full}", f"Epoch 4 {full}"
+    ]  # fmt: skip
     assert same_weights(model, unbroken_fast[0]) and without_times(history) == without_times(unbroken_fast[1])
     model = Interrupted(seed=98)  # a finished run leaves the average too
     fit(model, *synthetic, FAST, "cpu", tmp_path)
