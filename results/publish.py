@@ -19,16 +19,19 @@ def published_name(record):
     """Return the file name, without suffix, under which a record is published.
 
     Raises ValueError if it must not be: only whole runs of a named recipe on all training images of CIFAR-10, from
-    start to end with the code of one commit, are published.
+    start to end in one process with the code of one commit, are published.
     """
     parts, commit, recipe = record.get("parts", []), record.get("commit") or "none", build.recipe_name(record)
+    processes = record.get("world_size", 1)
     images = f"{record['n_train']:,} and {record['n_test']:,} images of {record['data']}"
     checks = {
+        f"its network, {record['model']}, is not one of build.STYLES": record["model"] in build.STYLES,
         "its recipe is not one of build.NAMED": recipe is not None,
-        f"its data are {images}": images.startswith("50,000 and 10,000") and "synthetic" not in images,
+        f"its data are {images}": re.fullmatch("50,000 and 10,000 images of CIFAR-10(,.*)?", images),
         f"it has batches of {record['batch_size']} images, not 128": record["batch_size"] == 128,
         "it is not finished": len(record["history"]["seconds"]) == record["config"]["epochs"],
         f"it was trained in {len(parts)} parts, not one": len(parts) == 1,
+        f"it was trained by {processes} processes, not one": processes == 1,
         f"the commit of its code is {commit}": re.fullmatch("[0-9a-f]{40}", commit),
         "it has no accuracy with several views": set(record.get("views", {})) == {str(n) for n in VIEWS[1:]},
     }
@@ -48,9 +51,9 @@ def publish(run, weights=False, results=build.RESULTS):
     copy = results / f"{name}.json"
     if copy.exists():
         raise ValueError(f"not published: '{copy}' exists; delete it to replace it")
+    shutil.copyfile(run / "record.json", copy)
     if weights:
         shutil.copyfile(run / "model.safetensors", copy.with_suffix(".safetensors"))
-    shutil.copyfile(run / "record.json", copy)
     return copy
 
 

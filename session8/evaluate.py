@@ -23,7 +23,10 @@ def evaluate(path, data=None, device=None):
     """
     device = get_device(device)
     model, about = load_model(path)
-    config = Config(**about["config"])
+    try:
+        config = Config(**about["config"])
+    except TypeError as error:
+        raise CheckpointError(f"'{path}' states a recipe that this version cannot read: {error}") from error
     _, split = load_cifar10(data)
     print(f"Testing '{path}' on {split.source}: {len(split):,} images, {arithmetic(config.precision, device)}")
     measured = accuracy_by_views(model, split, config, device, VIEWS)

@@ -249,8 +249,11 @@ def read_runs(base="runs"):
             facts = _facts(record)
             history, seed = record["history"], record["config"]["seed"]
             numbers = [*history["test_accuracy"], *history["seconds"], record["seconds"], seed]
-            if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record["data"], str):
-                raise TypeError("a number or the source of the data is missing")
+            texts = record["data"], record["device"]
+            if not all(isinstance(value, int | float) for value in numbers):
+                raise TypeError("a number is missing")
+            if not all(isinstance(value, str) for value in texts):
+                raise TypeError("the source of the data or the device is missing")
             same = short_hash([{**facts, "seed": None}, record["data_fingerprint"]])
             code = short_hash([record.get("sources"), record.get("versions")])
             group = short_hash([same, code, record["device"]])
@@ -285,7 +288,8 @@ def _facts(record):
     names = ("model", "width", "parameters", "arithmetic", "batch_size", "data", "code")
     facts = {name: record.get(name) for name in names}
     facts["processes"] = record.get("world_size", 1)
-    facts["epochs done"] = len(record["history"]["test_accuracy"])
+    done, epochs = len(record["history"]["test_accuracy"]), record["config"]["epochs"]
+    facts["epochs done"] = done if done == epochs else f"{done} of {epochs}"
     # A field newer than the record had its default.
     return {"recipe": _recipe(record["config"])[0], **asdict(Config()), **record["config"], **facts}
 
@@ -313,7 +317,7 @@ def _label(run, runs, varying):
             return facts[fact] == recipe[fact]
         return fact != "recipe" and all(peer.get(fact) == facts.get(fact) for peer in peers)
 
-    shown = [fact for fact in varying if facts.get(fact, "") != "" and not implied(fact)]
+    shown = [fact for fact in varying if facts.get(fact) not in (None, "") and not implied(fact)]
     return ", ".join(f"{fact} {facts[fact]}" for fact in shown)
 
 
@@ -338,4 +342,7 @@ def runs_table(runs):
 
 
 if __name__ == "__main__":
-    print(runs_table(read_runs(*sys.argv[1:2])))
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    if len(sys.argv) > 1 and not folder.is_dir():
+        sys.exit(f"'{folder}' is not a folder; give one that holds the folders of runs, for instance runs")
+    print(runs_table(read_runs(folder)))

@@ -1,10 +1,13 @@
 """evaluate.py: saved weights are tested as they were after training."""
 
+import json
 import re
 
 import pytest
 import torch
 from fakes import class_folders
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from model_AC import AdvancedCNN
 from session8 import training
@@ -67,11 +70,18 @@ def test_weights_without_stated_accuracies(tmp_path, images, capsys):
         (["{weights}", "--data", "nowhere"], "nowhere"),
         (["{weights}", "--data", "{images}", "--device", "tpu"], "device is 'tpu'"),
         (["{damaged}", "--data", "{images}"], "is not a safetensors file, or is damaged"),
+        (["{newer}", "--data", "{images}"], "states a recipe that this version cannot read"),
     ],
 )
 def test_bad_input_is_one_message(arguments, message, saved, images, tmp_path):
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(saved[0].read_bytes()[:100])
+    newer, tensors = tmp_path / "newer.safetensors", load_file(saved[0])
+    with safe_open(saved[0], "pt") as file:
+        metadata = file.metadata()
+    metadata["config"] = json.dumps({**json.loads(metadata["config"]), "future": 7})
+    save_file(tensors, newer, metadata)
+    paths = {"weights": saved[0], "images": images, "damaged": damaged, "newer": newer}
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        main([argument.format(weights=saved[0], images=images, damaged=damaged) for argument in arguments])
+        main([argument.format(**paths) for argument in arguments])
     assert isinstance(error.value.code, str)

@@ -269,14 +269,39 @@ def test_bad_input_damaged_and_foreign_records_are_named_and_skipped(runs, capsy
     whole = json.loads((runs / "a" / "record.json").read_text())
     without_seed = json.dumps({**whole, "config": {"lr": 0.01, "epochs": 2}})
     without_data = json.dumps({name: value for name, value in whole.items() if name != "data"})
-    for name, text in {"x": "{", "y": '{"answer": 42}', "z": "[]", "w": without_seed, "v": without_data}.items():
+    texts = {"x": "{", "y": '{"answer": 42}', "z": "[]", "w": without_seed, "v": without_data}
+    texts["u"] = json.dumps({**whole, "device": None})
+    for name, text in texts.items():
         (runs / name).mkdir()
         (runs / name / "record.json").write_text(text)
     (runs / "empty").mkdir()
     assert len(records.read_runs(runs)) == 6
     printed = capsys.readouterr().out
-    assert all(f"{name}/record.json' is skipped: not a record" in printed.replace(os.sep, "/") for name in "vwxyz")
+    assert all(f"{name}/record.json' is skipped: not a record" in printed.replace(os.sep, "/") for name in "uvwxyz")
     assert records.runs_table(records.read_runs(runs / "nowhere")) == "There are no finished runs yet."
+
+
+def test_an_unfinished_run_is_told_from_a_finished_one_of_as_many_epochs(runs):
+    path = runs / "b" / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": {**record["config"], "epochs": 4}}))
+    found = records.read_runs(runs)
+    label = {run["folder"]: run["label"] for run in found}
+    assert "epochs done 2 of 4" in label["b"] and "epochs done 2," in label["a"]
+    assert "83.50 ± 4.95 (2)" in records.runs_table(found)  # 80 and 87
+
+
+def test_a_fact_that_a_network_lacks_is_not_in_its_label(runs):
+    path = runs / "d" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": "ResNet20", "width": None}))
+    label = {run["folder"]: run["label"] for run in records.read_runs(runs)}
+    assert "model ResNet20" in label["d"] and "width" not in label["d"] and "width 1.0" in label["a"]
+
+
+def test_bad_input_of_the_command_is_one_message(tmp_path):
+    command = [sys.executable, "-m", "session8.records", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1 and "nowhere' is not a folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_command_prints_the_table_of_real_runs(synthetic, tmp_path):

@@ -103,7 +103,8 @@ def test_the_headline_is_the_mean_of_our_runs_per_recipe():
     runs |= {"other device": {**made_up(accuracy=10.0), "device": "a CPU with fewer runs"}}
     assert build.headline(runs) == (
         "Accuracy on the 10,000 test images in one pass, after training on a CPU: "
-        "90.50 % with the recipe `default` (3.0 minutes), 95.00 % with the recipe `one_cycle` (0.8 minutes).\n"
+        "90.50 % with the recipe `default` (2 runs, 3.0 minutes), "
+        "95.00 % with the recipe `one_cycle` (1 run, 0.8 minutes).\n"
     )
 
 
@@ -148,6 +149,7 @@ def test_each_part_of_fast_has_a_row_of_its_own():
     runs = {name: made_up(recipe="fast", **change) for name, change in changes.items()}
     runs |= {str(seed): made_up(recipe="fast", seed=seed, accuracy=94.0 + seed) for seed in (0, 1)}
     runs |= {"other": made_up(), "float32": made_up(recipe="fast", precision="float32")}
+    runs |= {"network": made_up("ResNet20", recipe="fast")}
     runs |= {"device": {**made_up(recipe="fast", accuracy=94.0), "device": "another"}}
     whole, elsewhere, *parts = rows(build.parts_section(runs))
     assert whole == ["fast", "0.25", "94.50 ± 0.71 % (2)", "95.00 ± 0.71 %", "95.25 ± 0.71 %", "3.0", "a CPU"]
@@ -221,7 +223,10 @@ def test_publishing_copies_the_record_and_never_replaces_one(run, tmp_path, monk
     "changes, reason",
     [
         ({"config": asdict(Config(lr=0.5))}, "its recipe is not one of build.NAMED"),
+        ({"model": "WideNet"}, "its network, WideNet, is not one of build.STYLES"),
         ({"data": "synthetic stand-in, NOT CIFAR-10"}, "images of synthetic"),
+        ({"data": "CIFAR-100 coarse, class folders"}, "images of CIFAR-100"),
+        ({"world_size": 2}, "trained by 2 processes"),
         ({"n_train": 45_000, "n_test": 5_000}, "45,000 and 5,000 images"),
         ({"batch_size": 64}, "batches of 64 images"),
         ({"history": {"seconds": [1.0], "test_accuracy": [90.0]}}, "not finished"),
