@@ -1,5 +1,7 @@
 """Batches: their order and seeds, made by albumentations in any number of processes, or on the device."""
 
+import time
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -90,8 +92,13 @@ class _Loader(_Epochs, DataLoader):
 
     def __iter__(self):
         # A rank makes the whole batch, since its images draw from one generator, one after the other.
-        for images, labels in super().__iter__():
-            yield self.sampler.share(images), self.sampler.share(labels)
+        try:
+            for images, labels in super().__iter__():
+                yield self.sampler.share(images), self.sampler.share(labels)
+        except (ConnectionError, EOFError) as error:
+            # The connection of a killed worker can break before PyTorch's handler of SIGCHLD raises: during this sleep.
+            time.sleep(1)
+            raise RuntimeError("DataLoader worker exited unexpectedly: its connection broke") from error
 
 
 class DeviceLoader(_Epochs):

@@ -1,6 +1,7 @@
 """The loader: the same batches for any number of workers, in an order that the seed and the epoch determine."""
 
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -135,6 +136,19 @@ def test_bad_input_transform_is_reported_from_a_worker_too():
     with pytest.raises(ValueError, match="the transform returned uint8"):
         next(iter(loader))
     gc.collect()  # ends the worker, which the next test's workers would else inherit
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), EOFError()])
+def test_fault_broken_connection_to_a_worker_is_the_end_of_the_worker(monkeypatch, error):
+    def breaks(loader):
+        yield from itertools.islice(all_batches(loader), 2)
+        raise error
+
+    all_batches = loaders.DataLoader.__iter__
+    monkeypatch.setattr(loaders.DataLoader, "__iter__", breaks)
+    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly") as raised:
+        batches(make_loader(synthetic_cifar10(50, 10)[0], 10))
+    assert raised.value.__cause__ is error
 
 
 def test_bad_input_transform_of_another_library():

@@ -508,12 +508,13 @@ def test_fault_killed_at_random_moments_until_done(tmp_path):
 
 
 class KillsAWorker(AdvancedCNN):
-    passes = 0
+    passes, others = 0, ()  # the others are child processes of earlier tests
 
     def forward(self, x):
         self.passes += self.training
         if self.passes == 100:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            worker = next(child for child in multiprocessing.active_children() if child not in self.others)
+            os.kill(worker.pid, signal.SIGKILL)
             self.passes += 1
         return super().forward(x)
 
@@ -522,8 +523,10 @@ class KillsAWorker(AdvancedCNN):
 def test_fault_worker_killed_in_the_middle_of_an_epoch(tmp_path):
     splits, recipe = data.synthetic_cifar10(1500, 100), Config(epochs=2, batch_size=20)  # 75 batches
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed|exited unexpectedly)") as error:
-        fit(KillsAWorker(width=0.5), *splits, recipe, "cpu", tmp_path, checkpoint_seconds=0, num_workers=2)
+    model = KillsAWorker(width=0.5)
+    model.others = multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited unexpectedly)") as error:
+        fit(model, *splits, recipe, "cpu", tmp_path, checkpoint_seconds=0, num_workers=2)
     assert f"The same call resumes from the last checkpoint in '{tmp_path}'" in error.value.__notes__[0]
     done = load_checkpoint(tmp_path)
     done = 75 * done["epoch"] + done["progress"]["batches"]
