@@ -96,7 +96,10 @@ class _Loader(_Epochs, DataLoader):
             for images, labels in super().__iter__():
                 yield self.sampler.share(images), self.sampler.share(labels)
         except (ConnectionError, EOFError) as error:
-            # The connection of a killed worker can break before PyTorch's handler of SIGCHLD raises: during this sleep.
+            if self.num_workers == 0:
+                raise  # by a transform
+            # The connection of a killed worker can break before PyTorch reports its end: its SIGCHLD handler raises
+            # during this sleep.
             time.sleep(1)
             raise RuntimeError("DataLoader worker exited unexpectedly: its connection broke") from error
 

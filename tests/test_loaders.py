@@ -147,8 +147,11 @@ def test_fault_broken_connection_to_a_worker_is_the_end_of_the_worker(monkeypatc
     all_batches = loaders.DataLoader.__iter__
     monkeypatch.setattr(loaders.DataLoader, "__iter__", breaks)
     with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly") as raised:
-        batches(make_loader(synthetic_cifar10(50, 10)[0], 10))
+        batches(make_loader(synthetic_cifar10(50, 10)[0], 10, num_workers=1))
     assert raised.value.__cause__ is error
+    with pytest.raises(type(error)):  # without workers, a transform's own error
+        batches(make_loader(synthetic_cifar10(50, 10)[0], 10, num_workers=0))
+    gc.collect()
 
 
 def test_bad_input_transform_of_another_library():
