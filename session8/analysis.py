@@ -174,18 +174,18 @@ def grad_cam(model, images, classes=None, device=None, grid=3):
     try:
         with backend_flags(Config(precision="float32")):
             output = model(normalize(torch.as_tensor(images), device).requires_grad_())
+            maps = [feature for feature in maps if feature.shape[-1] >= grid]
+            if not maps:
+                raise NoFeatureMap(
+                    f"grid is {grid}, but no module of {type(model).__name__} other than convolutions returns a "
+                    "feature map that wide: use a smaller grid or another network"
+                )
+            score, feature = scores[-1] if scores and scores[-1].shape == output.shape else output, maps[-1]
+            classes = score.argmax(1) if classes is None else torch.as_tensor(classes, device=device)
+            (gradient,) = torch.autograd.grad(score.gather(1, classes[:, None]).sum(), feature)
     finally:
         for hook in hooks:
             hook.remove()
-    maps = [feature for feature in maps if feature.shape[-1] >= grid]
-    if not maps:
-        raise NoFeatureMap(
-            f"grid is {grid}, but no module of {type(model).__name__} other than convolutions returns a feature map "
-            "that wide: use a smaller grid or another network"
-        )
-    score, feature = scores[-1] if scores and scores[-1].shape == output.shape else output, maps[-1]
-    classes = score.argmax(1) if classes is None else torch.as_tensor(classes, device=device)
-    (gradient,) = torch.autograd.grad(score.gather(1, classes[:, None]).sum(), feature)
     cam = (gradient.mean((2, 3), keepdim=True) * feature).sum(1, keepdim=True).relu().detach()
     cam = nn.functional.interpolate(cam, images.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
     highest = cam.amax((1, 2), keepdim=True)

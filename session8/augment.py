@@ -193,10 +193,10 @@ def normalize(images, device):
 
     The result is in `memory_format(device)`.
     """
-    scale, offset = _scale_and_offset(device)
     # Asynchronous only from pinned memory, which the loader uses for CUDA: on MPS the source of an asynchronous copy
     # may be freed too early (pytorch/pytorch#189690).
     images = images.to(device, non_blocking=images.is_pinned()).float()
+    scale, offset = _scale_and_offset(images.device)  # with an index: "cuda" is another GPU after a change of device
     # A contiguous NHWC batch seen as NCHW is in channels_last already.
     images = torch.addcmul(offset, images, scale).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=memory_format(device))

@@ -30,6 +30,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint or saved model cannot be used, or a folder cannot hold one. The message says why."""
 
 
+class CompiledNetwork(ValueError):
+    """The network is the result of torch.compile(model), whose weights have other names than the model's."""
+
+
 class _Damaged(CheckpointError):
     """A file was read, but its content is not valid."""
 
@@ -203,19 +207,44 @@ def save_model(path, model, config, metrics, classes):
     Config, metrics (numbers by name), the class names, and a SHA-256 of the tensors. Raises OSError if the file cannot
     be written.
     """
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     about = {
-        "network": type(model).__name__,
-        "arguments": getattr(model, "arguments", {}),
         "config": asdict(config),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "classes": list(classes),
-        "sha256": _sha256(weights),
     }
-    content = safetensors.torch.save(weights, {name: json.dumps(value) for name, value in about.items()})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, content)
+    write_file(path, _serialize(model, about))
+
+
+def _serialize(model, about):
+    if any(name.startswith("_orig_mod.") for name in model.state_dict()):
+        raise CompiledNetwork(
+            "the network is the result of torch.compile, and its weights cannot be loaded into the network itself: "
+            "pass the network, which its method compile() compiles in place"
+        )
+    # Copies: safetensors refuses tensors that share memory, such as tied weights.
+    weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    network = {"network": type(model).__name__, "arguments": getattr(model, "arguments", {})}
+    about = {**network, **about, "sha256": _sha256(weights)}
+    return safetensors.torch.save(weights, {name: json.dumps(value) for name, value in about.items()})
+
+
+def check_savable(model):
+    """Raise ValueError unless a model's weights can be saved and loaded again, in a checkpoint and by `save_model`."""
+    name = type(model).__name__
+    try:
+        _serialize(model, {})
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except CompiledNetwork:
+        raise
+    except Exception as error:  # safetensors, json and torch raise many kinds
+        raise ValueError(
+            f"{name} cannot be saved ({type(error).__name__}: {error}): its state_dict must hold plain tensors only, and "
+            "its attribute `arguments`, if it has one, plain numbers and strings"
+        ) from error
 
 
 def load_model(path, model=None):

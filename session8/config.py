@@ -164,10 +164,10 @@ class Config:
     def ema_decay_at(self, step):
         """Return the decay of the moving average in a step of training, counted from 0.
 
-        It warms up as in TensorFlow's ExponentialMovingAverage, so that the initial weights do not dominate the average
-        of a short run.
+        It is 0 in the first step and warms up as in TensorFlow's ExponentialMovingAverage, so that the initial weights
+        do not dominate the average of a short run.
         """
-        return min(self.ema_decay, (1 + step) / (10 + step))
+        return min(self.ema_decay, (1 + step) / (10 + step)) if step else 0.0
 
     def lr_at(self, progress):
         """Return the learning rate at `progress`, the fraction of training that is done, in [0, 1]."""

@@ -46,8 +46,8 @@ def amp_dtype(precision, device):
 def computes_in_bfloat16(device):
     """Return whether PyTorch reports instructions for bfloat16, without which it is slower than float32."""
     device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # AMD's GPUs all report it
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # missing in older releases
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
@@ -72,30 +72,44 @@ def memory_format(device):
 def backend_flags(config):
     """Set PyTorch's global flags as `config` asks, and restore them on exit.
 
-    precision="float32" turns TF32 off in cuDNN's convolutions. deterministic=True selects deterministic kernels; an
-    operation without one warns and runs. Otherwise cuDNN benchmarks its kernels. The environment variable
-    CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once, stays set.
+    precision="float32" turns TF32 off in cuDNN. deterministic=True selects deterministic kernels; an operation without
+    one warns and runs. Otherwise cuDNN benchmarks its kernels. The environment variable CUBLAS_WORKSPACE_CONFIG, which
+    cuBLAS reads once, stays set.
     """
     cudnn = torch.backends.cudnn
-    # Setting both the old and the new flag raises an error (pytorch/pytorch#179445).
-    conv, flag, ieee = (
-        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
-    )
-    before = getattr(conv, flag), cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark, deterministic = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        if config.precision == "float32":
-            setattr(conv, flag, ieee)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         cudnn.benchmark = not config.deterministic
+        with _without_tf32() if config.precision == "float32" else nullcontext():
+            yield
+    finally:
+        cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextmanager
+def _without_tf32():
+    cudnn = torch.backends.cudnn
+    operators = [cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []  # missing in older releases
+    before = [operator.fp32_precision for operator in operators]
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:  # the caller has set the operators' flags, and with them made this one unreadable
+        allowed = True
+    try:
+        # All of them: if they disagree, reading allow_tf32 in a network raises an error (pytorch/pytorch#179445).
+        cudnn.allow_tf32 = False
+        for operator in operators:
+            operator.fp32_precision = "ieee"
         yield
     finally:
-        setattr(conv, flag, before[0])
-        cudnn.benchmark = before[1]
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        cudnn.allow_tf32 = allowed
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 def arithmetic(precision, device):

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from session8.augment import normalize
 from session8.checkpoint import load_checkpoint
 from session8.device import autocast, backend_flags, get_device, synchronize
 from session8.trainer import Trainer
-from session8.training import set_lr, train_step
+from session8.training import averaged_tensors, set_lr, train_step
 
 
 def estimate_seconds(model, train_split, test_split, config, device=None, checkpoint_dir=None):
@@ -43,11 +44,15 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
         synchronize(device)
         return len(loader) * (time.perf_counter() - started) / (timed - warmup_steps)
 
+    averaged = None
+    if trainer.average is not None:
+        averaged = averaged_tensors(trainer.average), averaged_tensors(trainer.model)
+
     def train_one(size):
         def step(images, labels):
             train_step(trainer.model, images, labels, trainer.optimizer, trainer.scaler, config, device, size=size)
-            if trainer.average is not None:
-                trainer.average.update_parameters(trainer.model)
+            if averaged:
+                get_ema_multi_avg_fn(config.ema_decay)(*averaged, None)
 
         return step
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from session8 import distributed
 from session8.augment import train_transforms
@@ -24,6 +23,9 @@ from session8.training import (
     TEST_BATCH_SIZE,
     Progress,
     TrainingDiverged,
+    add_momentum,
+    check_network,
+    copy_counters,
     make_optimizer,
     make_scaler,
     test,
@@ -48,14 +50,17 @@ class Trainer:
             warnings.warn(
                 f"{self.device.type} has no bfloat16 instructions: precision='auto' may be faster", stacklevel=3
             )
+        batch_size = config.batch_size_on(self.device)
         model = model.to(self.device, memory_format=memory_format(self.device))
+        last = len(train_split) % batch_size or min(batch_size, len(train_split))
+        check_network(model, config, self.device, max(1, last // world_size))
         if world_size > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(model))  # a copy, since it changes its argument
         self.model = self.replica = model  # the replica is what takes training steps
         shared = {"device": self.device, "rank": rank, "world_size": world_size}
         self.train_loader = make_loader(
             train_split,
-            config.batch_size_on(self.device),
+            batch_size,
             seed=config.seed,
             num_workers=num_workers,
             transform=train_transforms(config.cutout, config.flip),
@@ -67,7 +72,7 @@ class Trainer:
         self.test_loader = make_loader(test_split, TEST_BATCH_SIZE, train=False, **shared)
         self.average = None  # of the weights, which then is what is tested and what `fit` leaves in the model
         if config.ema_decay:
-            self.average = AveragedModel(self.model, use_buffers=True)  # `train` sets its decay
+            self.average = deepcopy(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config, self.device)
         self.epoch, self.progress = 0, Progress()
@@ -89,7 +94,9 @@ class Trainer:
             self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def share_statistics(self):
-        """Give every rank the running statistics of rank 0's batch norm. On CUDA they are equal already."""
+        """Bring the average's counters up to date, and give every rank the running statistics of rank 0's batch norm."""
+        if self.average is not None:
+            copy_counters(self.average, self.model)
         if self.world_size > 1:
             distributed.broadcast_buffers(self.model)
             if self.average is not None:
@@ -98,7 +105,7 @@ class Trainer:
     @property
     def result(self):
         """The model to test and to keep."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average
 
     @property
     def epochs_done(self):
@@ -126,12 +133,16 @@ class Trainer:
         """Restore what `state_dict` returned, possibly on another device or with another number of processes."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            average = state["average"]
+            if "n_averaged" in average:  # of an AveragedModel, in checkpoints of earlier versions
+                average = {name.removeprefix("module."): average[name] for name in average if name != "n_averaged"}
+            self.average.load_state_dict(average)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
         for parameter, entry in self.optimizer.state.items():
             for name, value in entry.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     entry[name] = torch.empty_like(parameter).copy_(value)  # fused SGD needs the parameter's strides
+        add_momentum(self.optimizer)  # the checkpoint may be from before the first step
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.progress = state["epoch"], Progress(**state["progress"])

@@ -7,6 +7,7 @@ log-probabilities, negative log-likelihood (NLL), SGD.
 import math
 import sys
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from tqdm import tqdm
 
 from session8 import distributed
 from session8.augment import normalize
+from session8.checkpoint import check_savable
 from session8.config import Config
+from session8.data import CLASSES
 from session8.device import amp_dtype, autocast, backend_flags, get_device, memory_format
 from session8.loaders import make_loader
 from session8.records import test_line
@@ -51,11 +54,33 @@ def make_optimizer(model, config):
     # Unfused, SGD synchronises with the GPU in every step that scales the loss for float16.
     fused = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    if fused and config.momentum:
-        # If the first float16 step overflows, the fused kernel leaves the momentum buffers uninitialised.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    add_momentum(optimizer)
     return optimizer
+
+
+def add_momentum(optimizer):
+    """Give each parameter without a momentum buffer a buffer of zeros.
+
+    If the first step of float16 overflows, the fused kernel skips it and leaves new buffers uninitialised.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def averaged_tensors(model):
+    """Return the tensors of a model of which a moving average is kept: parameters and buffers, without integers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+
+
+def copy_counters(average, model):
+    """Copy the buffers of integers, such as batch norm's number of batches, to the average of a model."""
+    for kept, new in zip(average.buffers(), model.buffers(), strict=True):
+        if not (kept.is_floating_point() or kept.is_complex()):
+            kept.copy_(new)
 
 
 def set_lr(optimizer, lr):
@@ -101,6 +126,45 @@ def scale_down(images, size):
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
+def check_network(model, config, device, smallest_batch):
+    """Raise ValueError if training or saving would fail later on, by a forward pass of a copy and a trial of saving.
+
+    smallest_batch: number of images in the smallest batch, the last of an epoch. The trial takes two images at most, at
+    each image size of the recipe. Model and random states (CPU and CUDA) are unchanged.
+    """
+    name, n = type(model).__name__, min(2, smallest_batch)
+    check_savable(model)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad(), backend_flags(config):
+        try:
+            copy = deepcopy(model).train()
+        except Exception:  # some networks cannot be copied, for instance with torch.nn.utils.weight_norm
+            return
+        for size in sorted({config.image_size(0), config.image_size(config.epochs - 1)}):
+            images = torch.zeros(n, 32, 32, 3, dtype=torch.uint8, device=device)
+            try:
+                images = scale_down(normalize(images, device), size)
+            except NotImplementedError as error:  # on MPS, in PyTorch 2.6 (pytorch/pytorch#145526)
+                raise ValueError(
+                    f"low_res_size is {size}, but PyTorch {torch.__version__} cannot scale images down on "
+                    f"{device}: update PyTorch, or set low_res_epochs=0"
+                ) from error
+            try:
+                with autocast(config.precision, device):
+                    outputs = copy(images)
+            except Exception as error:  # of any kind: it is the caller's network
+                raise ValueError(
+                    f"{name} cannot train on a batch of {n} image{'s' * (n > 1)} of {size} by {size} pixels "
+                    f"({type(error).__name__}: {error}): change the network, batch_size (the smallest batch of an "
+                    f"epoch has {smallest_batch}) or low_res_size"
+                ) from error
+            shape = tuple(outputs.shape) if torch.is_tensor(outputs) else f"a {type(outputs).__name__}"
+            if shape != (n, len(CLASSES)):
+                raise ValueError(
+                    f"{name} returns {shape} for {n} image{'s' * (n > 1)}; expected a tensor of shape "
+                    f"({n}, {len(CLASSES)}), one output for each of CLASSES: change its last layer"
+                )
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or a weight is NaN or infinite. The message names the step, the learning rate and the remedy."""
 
@@ -131,8 +195,8 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
 
     epoch: its index, from 0, which sets the learning rate and the size of the images. scaler: from `make_scaler`.
     progress: counters of an epoch that is partly done, updated when the bar is refreshed; the loader must start at the
-    same batch. on_refresh: called after each refresh. average: an AveragedModel to update after each step, by the
-    decay of the recipe.
+    same batch. on_refresh: called after each refresh. average: a copy of the model whose weights and floating-point
+    buffers become the moving average after each step, by the decay of the recipe (see also `copy_counters`).
 
     If the loader yields one rank's share of each batch, the model must be a DistributedDataParallel; all ranks show and
     return the results of all images.
@@ -147,6 +211,7 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
     size = config.image_size(epoch)
     model.train()
     pending, refreshed = [], time.monotonic()
+    averaged = None if average is None else (averaged_tensors(average), averaged_tensors(model))
     with (
         backend_flags(config),
         tqdm(total=len(loader), initial=progress.batches, file=sys.stdout, mininterval=0, miniters=1) as bar,
@@ -157,9 +222,8 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
             n = loader.global_size(batch_id) if world_size > 1 else len(labels)
             weight = len(labels) * world_size / n  # DistributedDataParallel takes the mean over the ranks
             nll, correct = train_step(model, images, labels, optimizer, scaler, config, device, weight, size)
-            if average is not None:
-                average.multi_avg_fn = get_ema_multi_avg_fn(config.ema_decay_at(epoch * len(loader) + batch_id))
-                average.update_parameters(model)
+            if averaged:
+                get_ema_multi_avg_fn(config.ema_decay_at(epoch * len(loader) + batch_id))(*averaged, None)
             pending.append((nll, correct, lr, len(labels), n))
             if world_size > 1:
                 due = (batch_id + 1) % REFRESH_BATCHES == 0
