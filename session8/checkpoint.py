@@ -24,6 +24,8 @@ import torch
 
 FORMAT = 3  # of checkpoints; raised when older code would misread newer files
 LAST, PREVIOUS = "last.pt", "previous.pt"
+SECONDS, SECONDS_ON_DRIVE = 30, 300  # between checkpoints; Google Drive keeps every file that is replaced in its trash
+DRIVE = Path("/content/drive")  # where Google Colab mounts Google Drive
 
 
 class CheckpointError(RuntimeError):
@@ -78,7 +80,7 @@ def load_checkpoint(folder, identity=None):
     identity: if given, the checkpoint must have been saved with an equal "identity" (see `records.run_identity`).
 
     Raises CheckpointError if the folder cannot be written, if no checkpoint in it is intact, or if the newest is of
-    another version of the project or of another run; the message names what differs.
+    another version of the project or belongs to a different run; the message names what differs.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -89,9 +91,10 @@ def load_checkpoint(folder, identity=None):
         except _Damaged as error:
             damaged.append(str(error))
             continue
-        if identity is not None and state.get("identity") != identity:
-            different = differences(state.get("identity") or {}, identity)
-            raise CheckpointError(f"'{path}' is of another run: {different}. Use another folder, or undo the change")
+        if identity is not None and (different := differences(state.get("identity") or {}, identity)):
+            raise CheckpointError(
+                f"'{path}' belongs to a different run: {different}. Use another folder, or undo the change"
+            )
         if damaged:
             warnings.warn(f"{damaged[0]}; using the previous one", stacklevel=2)
             with suppress(OSError):  # so that the next save does not keep it in place of the intact one
@@ -106,10 +109,13 @@ class Checkpoints:
     """The checkpoints of a run: loads the last one, and saves new ones at intervals.
 
     folder: where they are, or None to disable them. identity: of the run, from `records.run_identity`. seconds: minimum
-    interval between saves.
+    interval between saves; None: SECONDS, or SECONDS_ON_DRIVE for a folder on Google Drive in Colab.
     """
 
-    def __init__(self, folder, identity, seconds):
+    def __init__(self, folder, identity, seconds=None):
+        if seconds is None:
+            on_drive = folder is not None and Path(folder).resolve().is_relative_to(DRIVE)
+            seconds = SECONDS_ON_DRIVE if on_drive else SECONDS
         self.folder, self.identity, self.seconds = folder, identity, seconds
         self.newest = (-1, 0)  # position of the newest checkpoint: epochs, and batches of the current one
         self.written = time.monotonic()
@@ -242,8 +248,8 @@ def check_savable(model):
         raise
     except Exception as error:  # safetensors, json and torch raise many kinds
         raise ValueError(
-            f"{name} cannot be saved ({type(error).__name__}: {error}): its state_dict must hold plain tensors only, and "
-            "its attribute `arguments`, if it has one, plain numbers and strings"
+            f"{name} cannot be saved ({type(error).__name__}: {error}): its state_dict must hold plain tensors only, "
+            "and its attribute `arguments`, if it has one, plain numbers and strings"
         ) from error
 
 

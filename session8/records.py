@@ -30,7 +30,10 @@ SOURCES = ("config.py", "augment.py", "loaders.py", "training.py", "trainer.py",
 
 
 def run_identity(model, train_split, test_split, config, device, optimizer, transform):
-    """Return what defines a run, as a dict of plain values. Source code is not part of it: see `source_hashes`."""
+    """Return what defines a run, as a dict of plain values, besides the weights that it starts from.
+
+    Source code is not part of it: see `source_hashes`.
+    """
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     return {
         "config": asdict(config),
@@ -40,6 +43,20 @@ def run_identity(model, train_split, test_split, config, device, optimizer, tran
         "data": data_fingerprint(train_split, test_split),
         "augmentation": " ".join(repr(transform).split()),
     }
+
+
+def weights_fingerprint(model):
+    """Return eight hexadecimal digits that tell the weights and buffers of a model from others.
+
+    They are of the norm of each tensor, to four digits: the last bits of initial weights depend on the processor.
+    """
+    norms = {}
+    for name, value in model.state_dict().items():
+        if not torch.is_tensor(value):  # which cannot be saved: `check_savable` says so
+            continue
+        wide = value.detach().cpu().to(torch.complex128 if value.is_complex() else torch.float64)
+        norms[name] = f"{torch.linalg.vector_norm(wide).item():.4g}"
+    return short_hash(norms)
 
 
 def short_hash(value):

@@ -18,7 +18,16 @@ from session8.augment import train_transforms
 from session8.checkpoint import CheckpointError, Checkpoints, differences, rng_state, set_rng_state
 from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
 from session8.loaders import make_loader
-from session8.records import changes, environment, epoch_line, print_history, run_identity, short_hash, utc_now
+from session8.records import (
+    changes,
+    environment,
+    epoch_line,
+    print_history,
+    run_identity,
+    short_hash,
+    utc_now,
+    weights_fingerprint,
+)
 from session8.training import (
     TEST_BATCH_SIZE,
     Progress,
@@ -52,6 +61,9 @@ class Trainer:
             )
         batch_size = config.batch_size_on(self.device)
         model = model.to(self.device, memory_format=memory_format(self.device))
+        counters = [int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")]
+        # A network without batch norm is told apart by the fingerprint only.
+        self.start = {"initial_weights": weights_fingerprint(model), "trained_before": any(counters)}
         last = len(train_split) % batch_size or min(batch_size, len(train_split))
         check_network(model, config, self.device, max(1, last // world_size))
         if world_size > 1 and self.device.type == "cuda":
@@ -94,7 +106,7 @@ class Trainer:
             self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def share_statistics(self):
-        """Bring the average's counters up to date, and give every rank the running statistics of rank 0's batch norm."""
+        """Bring the average's counters up to date, and give every rank the batch norm statistics of rank 0."""
         if self.average is not None:
             copy_counters(self.average, self.model)
         if self.world_size > 1:
@@ -147,6 +159,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.progress = state["epoch"], Progress(**state["progress"])
         self.history = deepcopy(state["history"])
+        if self.history["parts"]:
+            self.start = {name: self.history["parts"][0].get(name) for name in self.start}
         if len(state["rng"]) == self.world_size:
             set_rng_state(state["rng"][self.rank], self.device)
         else:
@@ -160,7 +174,7 @@ class Trainer:
 
     def begin_part(self):
         """Note in the history where, and with which versions and code, training continues from here."""
-        self.history["parts"].append({"epochs": [self.epochs_done] * 2, **self.environment()})
+        self.history["parts"].append({"epochs": [self.epochs_done] * 2, **self.start, **self.environment()})
         self.snapshot = deepcopy(self.state_dict())
 
     def train_epoch(self, on_refresh=None):
@@ -204,9 +218,11 @@ class Trainer:
 def run_folder(model, train_split, test_split, config, device=None, base="runs"):
     """Return the folder of a run: `base` and a hash of configuration, network, augmentation, optimizer and data.
 
-    A changed recipe therefore starts a new run, and an unchanged one resumes.
+    A changed recipe therefore starts a new run, and an unchanged one resumes. model: with the weights that training
+    starts from, which are a part of the hash.
     """
-    return Path(base) / short_hash(_identity(model, train_split, test_split, config, get_device(device)))
+    identity = _identity(model, train_split, test_split, config, get_device(device))
+    return Path(base) / short_hash({**identity, "initial weights": weights_fingerprint(model)})
 
 
 def _identity(model, train_split, test_split, config, device):
@@ -215,7 +231,7 @@ def _identity(model, train_split, test_split, config, device):
 
 
 def fit(
-    model, train_split, test_split, config, device=None, checkpoint_dir=None, checkpoint_seconds=30, num_workers=None
+    model, train_split, test_split, config, device=None, checkpoint_dir=None, checkpoint_seconds=None, num_workers=None
 ):
     """Train a model in place with a recipe, and test it after every epoch.
 
@@ -234,16 +250,17 @@ def fit(
         device: as in `get_device`; of several processes, each on CUDA uses the GPU of its LOCAL_RANK.
         checkpoint_dir: folder of checkpoints, shared by all processes. If it holds some of the same run, training
             resumes, with any number of processes; a finished run is not trained again. With one process on one CPU the
-            result is bitwise equal to an uninterrupted run.
+            result is bitwise equal to an uninterrupted run. The weights of the model are then replaced.
         checkpoint_seconds: least interval between checkpoints, which are written when the progress bar is refreshed
-            (0: every time), at the end of training and on Ctrl-C.
+            (0: every time), at the end of training and on Ctrl-C. None: 30, or 300 on Google Drive in Colab.
         num_workers: of the training loader; the result does not depend on it.
 
     Returns the history, a dict of lists with one number per epoch: `train_loss`, `test_loss` (mean NLL),
     `train_accuracy`, `test_accuracy` (percent), `lr` (of the last step), `seconds` (with the test); and `parts`, the
     uninterrupted parts of the run, each with its range of `epochs` and its `Trainer.environment`.
 
-    Raises ValueError for a device that is not available, a negative checkpoint_seconds or number of workers;
+    Raises ValueError for a device that is not available, a negative checkpoint_seconds or number of workers, and for a
+    network that cannot be saved, cannot take the smallest batch, or has not one output per class;
     CheckpointError, before training, if the folder cannot be written or belongs to another run; TrainingDiverged if
     the loss or a weight is not finite; RuntimeError if a worker process dies. With several processes, all ranks raise
     RankError if one of them fails before training, or if their arguments differ.
@@ -251,7 +268,7 @@ def fit(
     with distributed.process_group(device) as device:
         rank, world_size = distributed.rank(), distributed.world_size()
         with distributed.raise_together():
-            if checkpoint_seconds < 0:
+            if checkpoint_seconds is not None and checkpoint_seconds < 0:
                 raise ValueError(f"checkpoint_seconds is {checkpoint_seconds}; expected 0 or more, for instance 30")
             trainer = Trainer(model, train_split, test_split, config, device, num_workers, rank, world_size)
             identity = None
@@ -271,8 +288,11 @@ def fit(
         trainer.connect()
         checkpoints, state = _load_checkpoints(checkpoint_dir, identity, checkpoint_seconds)
         if state:
+            given = trainer.start["initial_weights"]
             trainer.load_state_dict(state)
-            print(_resume_message(trainer, checkpoint_dir, state))
+            print(_resume_message(trainer, checkpoint_dir, state, given))
+        else:
+            print(_start_message(trainer))
         print()
         print_history(trainer.history, config, len(test_split))
         if trainer.epoch < config.epochs:
@@ -359,13 +379,21 @@ def _header(trainer, train_split, test_split):
     return header
 
 
-def _resume_message(trainer, folder, state):
+def _start_message(trainer):
+    message = f"Initial weights: {trainer.start['initial_weights']}"
+    return message + ", of a network that was trained before" * trainer.start["trained_before"]
+
+
+def _resume_message(trainer, folder, state, given):
     epochs, changed = trainer.config.epochs, changes(trainer.history["parts"], trainer.environment())
     message = f"Resuming from '{folder}', saved {state['saved']}: {trainer.epochs_done:.4g} of {epochs} epochs done."
     if trainer.epoch == epochs:
         message = f"This run is finished, saved {state['saved']} in '{folder}'; its log follows."
     elif len(state["rng"]) != trainer.world_size:
         message += f" It was saved with world size {len(state['rng'])}: dropout draws other numbers from here on."
+    started = trainer.start["initial_weights"]
+    if started not in (given, None):
+        message += f" The run started from the weights {started}, not from those of the network passed, {given}."
     if changed:
         message += f" Changed since: {', '.join(changed)}. To start over instead, delete the folder."
     return message

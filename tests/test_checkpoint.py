@@ -155,7 +155,7 @@ def test_fault_checkpoint_of_another_network_or_configuration(tmp_path, syntheti
 @pytest.mark.parametrize("content", [{"format": FORMAT}, {"epoch": 1}, torch.zeros(3)])
 def test_fault_file_of_another_program(tmp_path, synthetic, content):
     torch.save(content, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match=r"is of another run|is not a checkpoint of this project"):
+    with pytest.raises(CheckpointError, match=r"belongs to a different run|is not a checkpoint of this project"):
         fit(small_network(), *synthetic, RECIPE, "cpu", tmp_path)
 
 

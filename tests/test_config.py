@@ -71,7 +71,7 @@ def test_one_cycle_rises_to_its_peak_and_decays_to_zero():
 
 def test_the_decay_of_the_average_rises_to_its_value():
     config = Config(ema_decay=0.99)
-    assert [config.ema_decay_at(step) for step in (0, 1, 10)] == [1 / 10, 2 / 11, 11 / 20]
+    assert [config.ema_decay_at(step) for step in (0, 1, 10)] == [0, 2 / 11, 11 / 20]
     assert config.ema_decay_at(880) < 0.99 == config.ema_decay_at(900) == config.ema_decay_at(10_000)
 
 

@@ -32,9 +32,11 @@ def test_bad_input_device(name, monkeypatch, synthetic):
 
 
 def test_the_dtype_of_autocast_follows_the_hardware(monkeypatch):
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert amp_dtype("auto", "cuda") is expected
+    capabilities = {torch.device("cuda:0"): (8, 0), torch.device("cuda:1"): (7, 5)}  # the second is a T4
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    assert [amp_dtype("auto", f"cuda:{index}") for index in (0, 1)] == [torch.bfloat16, torch.float16]
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD
+    assert amp_dtype("auto", "cuda:1") is torch.bfloat16
     for capabilities, expected in (
         ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16),
         ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, None), ({}, None),
@@ -49,7 +51,7 @@ def test_the_dtype_of_autocast_follows_the_hardware(monkeypatch):
 def test_a_named_precision_is_used_on_any_hardware(monkeypatch):
     assert amp_dtype("float32", CPU) is amp_dtype("float32", "cuda") is None
     assert amp_dtype("bfloat16", CPU) is amp_dtype("bfloat16", "cuda") is torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert amp_dtype("float16", "cuda") is torch.float16
 
 
@@ -88,16 +90,19 @@ def test_autocast_computes_in_that_dtype(monkeypatch):
 def test_mps_gets_no_channels_last_in_which_its_batch_norm_is_wrong(synthetic, monkeypatch):
     assert memory_format("mps") == torch.contiguous_format and memory_format("cuda") == torch.channels_last
     monkeypatch.setattr("session8.trainer.memory_format", lambda _: torch.contiguous_format)
-    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    Trainer(model, *synthetic, EXACT, CPU)
-    assert model.weight.is_contiguous()
+    conv = torch.nn.Conv2d(3, 10, 32).to(memory_format=torch.channels_last)
+    Trainer(torch.nn.Sequential(conv, torch.nn.Flatten()), *synthetic, EXACT, CPU)
+    assert conv.weight.is_contiguous()
 
 
 class AsksForFlags(Linear):
-    """Notes PyTorch's flags in each forward pass."""
+    """Notes PyTorch's flags in each forward pass. Networks may read and set the older ones of cuDNN."""
 
     def forward(self, x):
         self.flags = flags()
+        self.allows_tf32 = torch.backends.cudnn.allow_tf32
+        with torch.backends.cudnn.flags(enabled=True):
+            pass
         return super().forward(x)
 
 
@@ -125,7 +130,7 @@ def test_float32_turns_tf32_off_in_training_testing_and_predict(synthetic):
     assert before[2] != IEEE
     model = AsksForFlags()
     fit(model, *synthetic, Config(epochs=1, precision="float32"), "cpu")  # the last forward pass is of the test
-    assert model.flags[2] == IEEE and flags() == before
+    assert model.flags[2] == IEEE and flags() == before and not model.allows_tf32
     model.train()
     model.flags = None
     predict(model, synthetic[1].images[0], device="cpu")
@@ -141,6 +146,19 @@ def test_flags_are_restored_after_an_error():
         raise KeyError
     assert flags() == before
     assert torch.backends.cudnn.allow_tf32  # reading it raises an error if the old and the new flags disagree
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="newer releases have flags per operator")
+def test_flags_per_operator_of_the_caller_are_restored():
+    cudnn, before = torch.backends.cudnn, flags()
+    try:
+        cudnn.conv.fp32_precision = "ieee"  # which alone makes reading allow_tf32 an error
+        with backend_flags(Config(precision="float32")):
+            assert cudnn.conv.fp32_precision == "ieee" and not cudnn.allow_tf32
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    finally:
+        cudnn.conv.fp32_precision = before[2]
+    assert flags() == before
 
 
 def test_available_cores_are_those_of_the_process_and_not_of_the_host(monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from networks import CPU, EXACT, Linear, same_weights, small_network
 from test_checkpoint import damage
+from torch import nn
 
 from model_AC import AdvancedCNN
 from session8 import checkpoint, data, records, trainer, training
@@ -62,7 +63,7 @@ def test_log_lines_have_the_seed_projects_format(synthetic, capsys):
     history = fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
     header, log = capsys.readouterr().out.split("\n\n", 1)
     assert "synthetic stand-in, NOT CIFAR-10" in header and "300 images" in header
-    assert header.endswith("on cpu, augmentation albumentations")
+    assert re.search(r"on cpu, augmentation albumentations\nInitial weights: [0-9a-f]{8}$", header)
     assert LOG.fullmatch(log), repr(log)
     assert f"({history['test_accuracy'][-1]:.2f}%)" in log and f"Accuracy={history['train_accuracy'][0]:.2f}" in log
 
@@ -334,7 +335,7 @@ def test_resume_refuses_another_run_and_names_what_differs(synthetic, tmp_path, 
         train, named = Split(train.images[::-1].copy(), train.labels[::-1].copy(), train.source), "data was"
     before = [p.clone() for p in model.parameters()]
     recipe = replace(RECIPE, **changes)
-    with pytest.raises(CheckpointError, match=f"(?s)is of another run: {named}"):
+    with pytest.raises(CheckpointError, match=f"(?s)belongs to a different run: {named}"):
         fit(model, train, test, recipe, "cpu", tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -419,7 +420,8 @@ def test_the_first_epochs_train_on_small_images_and_all_test_at_full_size(synthe
 
     class Watched(Interrupted):
         def forward(self, x):
-            sizes.append((self.training, x.shape[-1]))
+            if torch.is_grad_enabled() or not self.training:  # not the trial before training
+                sizes.append((self.training, x.shape[-1]))
             return super().forward(x)
 
     fit(Watched(), *synthetic, FAST, "cpu")
@@ -454,9 +456,8 @@ def test_the_average_is_tested_and_left_in_the_model(unbroken_fast, synthetic, t
     assert tested == (history["test_loss"][-1], history["test_accuracy"][-1])
     fit(Interrupted(), *synthetic, FAST, "cpu", tmp_path)
     state = load_checkpoint(tmp_path)
-    average = {name.removeprefix("module."): value for name, value in state["average"].items()}
     kept = model.state_dict()
-    assert all(torch.equal(average[name], value) for name, value in kept.items())
+    assert all(torch.equal(state["average"][name], value) for name, value in kept.items())
     assert not torch.equal(state["model"]["head.weight"], kept["head.weight"])
 
 
@@ -477,6 +478,153 @@ def test_the_average_agrees_with_an_independent_computation(synthetic, monkeypat
             decay = min(0.9, (1 + step) / (10 + step))
             expected = decay * expected + (1 - decay) * state[name].double()
         torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-6)
+    counters = [value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert counters and all(value == len(seen) for value in counters)  # counted, not averaged
+
+
+def test_a_checkpoint_of_earlier_versions_resumes_with_its_average(unbroken_fast, synthetic, tmp_path, every_step):
+    """Their average was an AveragedModel's, and their identity did not name the initial weights."""
+    fit(Interrupted(13), *synthetic, FAST, "cpu", tmp_path, **every_step)
+    state = load_checkpoint(tmp_path)
+    old = {f"module.{name}": value for name, value in state["average"].items()}
+    state["average"] = {"n_averaged": torch.tensor(12), **old}
+    for part in state["history"]["parts"]:
+        del part["initial_weights"], part["trained_before"]
+    save_checkpoint(tmp_path, state)
+    model = Interrupted(seed=99)
+    history = fit(model, *synthetic, FAST, "cpu", tmp_path)
+    assert same_weights(model, unbroken_fast[0]) and without_times(history) == without_times(unbroken_fast[1])
+
+
+# -- what training starts from ---------------------------------------------------------------------------------------
+
+
+def test_a_run_from_other_weights_is_told_apart_by_folder_log_and_record(synthetic, tmp_path, capsys):
+    first, second = Config(epochs=1, batch_size=50), Config(epochs=1, batch_size=50, lr=0.02)
+    network = small_network()
+    fit(network, *synthetic, first, "cpu")
+    capsys.readouterr()
+    runs = {}
+    for name, model in (("new", small_network()), ("trained", network)):
+        folder = trainer.run_folder(model, *synthetic, second, "cpu", tmp_path)
+        history = fit(model, *synthetic, second, "cpu", folder)
+        record = records.write_record(folder / "record.json", model, *synthetic, second, history, "cpu")
+        runs[name] = folder, record["initial_weights"], record["trained_before"], capsys.readouterr().out
+    assert runs["new"][0] != runs["trained"][0] and runs["new"][1] != runs["trained"][1]
+    assert (runs["new"][2], runs["trained"][2]) == (False, True)
+    for name, said in (("new", False), ("trained", True)):
+        assert f"Initial weights: {runs[name][1]}" in runs[name][3]
+        assert ("of a network that was trained before" in runs[name][3]) is said
+
+
+def test_initial_weights_do_not_depend_on_their_last_bits(synthetic):
+    one, other = small_network(), small_network()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.where(parameter == 0, torch.nextafter(parameter, parameter + 1)))
+    assert not same_weights(one, other)
+    folders = {trainer.run_folder(model, *synthetic, RECIPE, "cpu") for model in (one, other)}
+    assert len(folders) == 1 and trainer.run_folder(small_network(seed=1), *synthetic, RECIPE, "cpu") not in folders
+
+
+def test_a_model_that_a_run_has_left_resumes_it(synthetic, tmp_path, capsys):
+    model = Interrupted(at=20)
+    fit(model, *synthetic, RECIPE, "cpu", tmp_path)
+    started = json.loads(json.dumps(load_checkpoint(tmp_path)["history"]))["parts"][0]["initial_weights"]
+    history = fit(model, *synthetic, RECIPE, "cpu", tmp_path)
+    assert len(history["test_loss"]) == 3
+    assert f"The run started from the weights {started}, not from those of the network" in capsys.readouterr().out
+    assert {part["initial_weights"] for part in history["parts"]} == {started}
+
+
+# -- what fails before training --------------------------------------------------------------------------------------
+
+
+class Extra(Linear):
+    """Keeps something in its state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"when": SimpleNamespace(year=2026)}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def with_arguments():
+    model = Linear()
+    model.arguments = {"dtype": torch.float32}
+    return model
+
+
+def classifier(outputs, inputs=3072):
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))
+
+
+def batch_norm_before_the_head():
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(pooled, nn.BatchNorm1d(4), nn.Linear(4, 10))
+
+
+IMPOSSIBLE = {
+    "1000 outputs": (lambda: classifier(1000), r"\(2, 1000\) .* \(2, 10\), one output for each of CLASSES"),
+    "3 outputs": (lambda: classifier(3), r"\(2, 3\) for 2 images; .* \(2, 10\)"),
+    "a feature map": (lambda: nn.Conv2d(3, 10, 3), r"\(2, 10, 30, 30\) for 2 images; .* change its last layer"),
+    "a tuple": (lambda: nn.Sequential(nn.Flatten(1, 2), nn.LSTM(32, 10)), "Sequential returns a tuple for 2 images"),
+    "224 pixels": (lambda: classifier(10, 224 * 224 * 3), r"of 32 by 32 pixels .*change the network"),
+    "state that is no tensor": (Extra, r"Extra cannot be saved .* plain tensors only"),
+    "arguments that are not plain": (with_arguments, r"Linear cannot be saved .* `arguments`.* plain numbers"),
+    "compiled": (lambda: torch.compile(Linear()), r"result of torch\.compile.* its method compile\(\)"),
+}
+
+
+@pytest.mark.parametrize("make, message", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_bad_input_network_is_refused_before_the_first_step(make, message, synthetic, monkeypatch):
+    monkeypatch.setattr(training, "train_step", None)
+    with pytest.raises(ValueError, match=message):
+        fit(make(), *synthetic, EXACT, "cpu")
+
+
+@pytest.mark.parametrize("make", [batch_norm_before_the_head, AdvancedCNN])
+def test_bad_input_last_batch_of_one_image_that_batch_norm_cannot_take(make, synthetic):
+    odd = Split(synthetic[0].images[:17], synthetic[0].labels[:17], "17 images")
+    config = Config(epochs=2, batch_size=16, low_res_epochs=1, low_res_size=16, precision="float32")
+    model, before = make(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"batch of 1 image of 16 by 16 pixels .* smallest batch of an epoch has 1\)"):
+        fit(model, odd, synthetic[1], config, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    fit(make(), odd, synthetic[1], replace(config, batch_size=15), "cpu")  # the last batch has two
+
+
+def test_bad_input_small_images_where_pytorch_cannot_scale_down(synthetic, monkeypatch):
+    def interpolate(*_, **__):
+        raise NotImplementedError("aten::_upsample_bilinear2d_aa.out is not implemented for the MPS device")
+
+    monkeypatch.setattr("torch.nn.functional.interpolate", interpolate)
+    with pytest.raises(ValueError, match=r"low_res_size is 24, but PyTorch .*: update PyTorch, or set low_res_ep"):
+        fit(small_network(), *synthetic, FAST, "cpu")
+
+
+def test_networks_that_torch_saves_with_care_train_and_load(synthetic, tmp_path):
+    tied, compiled, uncopyable = nn.Sequential(classifier(10), nn.Linear(10, 10), nn.Linear(10, 10)), Linear(), Linear()
+    tied[2].weight = tied[1].weight
+    compiled.compile(backend="eager")
+    uncopyable.scale = uncopyable.head.weight.norm()  # torch.nn.utils.weight_norm keeps such a tensor
+    for name, model in (("tied", tied), ("compiled", compiled), ("uncopyable", uncopyable)):
+        history = fit(model, *synthetic, EXACT, "cpu", tmp_path / name)
+        checkpoint.save_model(tmp_path / "m.safetensors", model, EXACT, {}, data.CLASSES)
+        loaded, _ = checkpoint.load_model(tmp_path / "m.safetensors", model)
+        assert len(history["test_loss"]) == 1 and loaded is model
+    with pytest.raises(ValueError, match=r"result of torch\.compile"):
+        checkpoint.save_model(tmp_path / "c.safetensors", torch.compile(Linear()), EXACT, {}, data.CLASSES)
+
+
+def test_checkpoints_are_rarer_on_google_drive(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "DRIVE", tmp_path / "drive")
+    (tmp_path / "drive" / "runs").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "drive" / "runs")
+    for folder, seconds in (("drive/runs/a", 300), ("link/a", 300), ("local", 30)):
+        assert checkpoint.Checkpoints(tmp_path / folder, {}).seconds == seconds
+    assert checkpoint.Checkpoints(tmp_path / "drive", {}, 0).seconds == 0
 
 
 # -- killed processes and full disks -------------------------------------------------------------------------------
