@@ -146,12 +146,13 @@ class BatchAugmentation:
         if self.hole:
             in_rows, in_columns = ((ahead >= start) & (ahead < start + self.hole) for start in (hole_top, hole_left))
             inside = (in_rows[:, :, None] & in_columns[:, None, :])[..., None]
-            batch = torch.where(inside, _on_device(self.fill, images.device), batch)
+            batch = torch.where(inside, on_device(self.fill, images.device), batch)
         return batch
 
 
 @cache
-def _on_device(values, device):
+def on_device(values, device):
+    """Return uint8 values as a tensor on a device."""
     return torch.tensor(values, dtype=torch.uint8, device=device)  # once: a copy in each step makes a GPU wait
 
 

@@ -12,6 +12,7 @@ from session8.augment import (
     alternating_flips,
     apply_transform,
     as_batch_augmentation,
+    on_device,
     pad,
     test_transforms,
     train_transforms,
@@ -117,6 +118,8 @@ class DeviceLoader(_Epochs):
         images = split.images if augmentation is None else pad(split.images, augmentation.pixels, padding)
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
+        if augmentation is not None:
+            on_device(augmentation.fill, self.images.device)  # before the first step, which would wait for the copy
         train = augmentation is not None  # which draws its own flips
         self.sampler = _BatchSampler(len(split), batch_size, train, seed, rank=rank, world_size=world_size)
 

@@ -210,7 +210,8 @@ class Trainer:
         """Raise TrainingDiverged unless all weights, statistics and optimizer states are finite."""
         buffers = [value for entry in self.optimizer.state.values() for value in entry.values()]
         tensors = [*self.model.state_dict().values(), *filter(torch.is_tensor, buffers)]
-        if not all(tensor.isfinite().all() for tensor in tensors):
+        # One tensor, which is read once: each read waits for the device.
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             lr = self.optimizer.param_groups[0]["lr"]
             raise TrainingDiverged("a weight became NaN or infinite", self.epoch, self.progress.batches - 1, lr)
 

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from fakes import class_folders, official_archive
 
 from session8 import data
@@ -63,6 +64,16 @@ def real_root():
 @pytest.fixture
 def real_splits(real_root):
     return data.load_cifar10(real_root)
+
+
+@pytest.fixture(params=["cpu", (8, 0), (7, 5)], ids=["cpu", "cuda, capability 8.0", "cuda, capability 7.5"])
+def device(request):
+    """The name of a device: the CPU, and a stand-in for a GPU with bfloat16 and for one without, a T4."""
+    if request.param == "cpu":
+        yield "cpu"
+    else:
+        with fake_cuda(request.param):
+            yield "cuda"
 
 
 @pytest.fixture(scope="session")

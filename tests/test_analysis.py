@@ -163,12 +163,12 @@ def test_grad_cam_highlights_the_region_that_determines_the_class():
 
 
 @pytest.mark.parametrize("grid, blocks, width", [(3, 3, 3), (6, 2, 7)])
-def test_grad_cam_agrees_with_the_formula(grid, blocks, width):
+def test_grad_cam_agrees_with_the_formula(grid, blocks, width, device):
     """The channels' weights are the mean gradients of the score, here by finite differences of the tail."""
     model = small_network().eval()
     images = np.random.default_rng(0).integers(256, size=(1, 32, 32, 3), dtype=np.uint8)
-    cam = grad_cam(model, images, classes=[4], device="cpu", grid=grid)[0]
-    model.double()
+    cam = grad_cam(model, images, classes=[4], device=device, grid=grid)[0]
+    model.cpu().double()
     with torch.no_grad():
         feature = model.blocks[:blocks](model.stem(normalize(torch.from_numpy(images), CPU).double()))
 
@@ -196,6 +196,20 @@ def test_grad_cam_leaves_the_model_as_it_was(synthetic):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_grad_cam_computes_its_gradients_with_the_flags_of_its_forward_pass():
+    allowed = []
+
+    class Watched(Corner):
+        def forward(self, x):
+            quarters = nn.functional.adaptive_avg_pool2d(self.relu(self.convolution(x)), 2)
+            allowed.append(torch.backends.cudnn.allow_tf32)
+            quarters.register_hook(lambda _: allowed.append(torch.backends.cudnn.allow_tf32))
+            return self.head(quarters.flatten(1))
+
+    grad_cam(Watched(), np.full((1, 32, 32, 3), 255, np.uint8), classes=[1], device="cpu")
+    assert allowed == [False, False] and torch.backends.cudnn.allow_tf32
 
 
 def test_grad_cam_is_zero_if_nothing_speaks_for_the_class():

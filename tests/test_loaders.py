@@ -175,30 +175,32 @@ def test_bad_input_padding_and_flip(keyword, value):
 # -- on the device -------------------------------------------------------------------------------------------------
 
 
-def device_loader(split, batch_size, seed=0, transform=None):
+def device_loader(split, batch_size, seed=0, transform=None, device="cpu"):
     augmentation = as_batch_augmentation(transform or train_transforms(cutout=8))
-    return DeviceLoader(split, batch_size, augmentation, seed, CPU)
+    return DeviceLoader(split, batch_size, augmentation, seed, torch.device(device))
 
 
-def test_device_batches_have_the_order_labels_and_sizes_of_the_albumentations_loader():
+def test_device_batches_have_the_order_labels_and_sizes_of_the_albumentations_loader(device):
     values = np.arange(70, dtype=np.uint8)  # image k has the value k, and the label k // 7
     split = Split(np.broadcast_to(values[:, None, None, None], (70, 32, 32, 3)).copy(), np.arange(70) // 7, "values")
-    ours, other = device_loader(split, 32, seed=5, transform=train_transforms()), make_loader(split, 32, seed=5)
+    ours = device_loader(split, 32, seed=5, transform=train_transforms(), device=device)
+    other = make_loader(split, 32, seed=5, device="cpu")
     for epoch in (0, 3):
         ours.set_epoch(epoch)
         other.set_epoch(epoch)
-        pairs = list(zip(ours, other, strict=True))
+        on_host = [(images.cpu(), labels.cpu()) for images, labels in ours]
+        pairs = list(zip(on_host, other, strict=True))
         assert [len(labels) for (_, labels), _ in pairs] == [32, 32, 6] and len(ours) == 3 and len(ours.dataset) == 70
         assert all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
         assert all(images.shape[1:] == (32, 32, 3) and images.dtype == torch.uint8 for (images, _), _ in pairs)
         assert all(torch.equal(images[:, 16, 16, 0] // 7, labels) for (images, labels), _ in pairs)  # never padding
 
 
-def test_device_batches_are_the_draws_of_their_images():
+def test_device_batches_are_the_draws_of_their_images(device):
     split = position_coded(50)
-    loader = device_loader(split, 16, seed=5, transform=train_transforms())
+    loader = device_loader(split, 16, seed=5, transform=train_transforms(), device=device)
     loader.set_epoch(2)
-    images = torch.cat([images for images, _ in loader])
+    images = torch.cat([images.cpu() for images, _ in loader])
     draws = as_batch_augmentation(train_transforms()).draw(50, seed=5, epoch=2)
     order = np.concatenate([indices for indices, *_ in loader.sampler])
     rows, columns, flips = read_positions(images)

@@ -1,7 +1,5 @@
 """Training and testing: one step, one epoch, one pass over the test images."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -16,12 +14,6 @@ from session8.inference import predict
 from session8.loaders import make_loader
 from session8.trainer import fit
 from session8.training import collect_logits
-
-if os.name == "posix":
-    pass
-
-posix = pytest.mark.skipif(os.name != "posix", reason="kills processes and limits files as POSIX systems do")
-
 
 # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -90,17 +82,17 @@ def test_a_step_in_float16_equals_one_in_float32_up_to_rounding(synthetic, monke
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0.01 * largest.item())
 
 
-def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic):
+def test_label_smoothing_is_the_cross_entropy_with_smoothed_targets(synthetic, device):
     images, labels = torch.from_numpy(synthetic[0].images[:32]), torch.from_numpy(synthetic[0].labels[:32])
     config = Config(lr=0.5, momentum=0, label_smoothing=0.3, precision="float32")
-    ours, other = Linear(), Linear()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    nll, _ = training.train_step(ours, images, labels, training.make_optimizer(ours, config), scaler, config, CPU)
+    ours, other = Linear().to(device), Linear()
+    scaler = training.make_scaler(config, device)
+    nll, _ = training.train_step(ours, images, labels, training.make_optimizer(ours, config), scaler, config, device)
     scores = other.head(normalize(images, CPU).flatten(1))
     torch.nn.functional.cross_entropy(scores, labels, label_smoothing=0.3).backward()
     expected = other.head.weight - 0.5 * other.head.weight.grad
-    torch.testing.assert_close(ours.head.weight, expected)
-    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(scores, labels))  # reported without smoothing
+    torch.testing.assert_close(ours.head.weight.cpu(), expected)
+    torch.testing.assert_close(nll.cpu(), torch.nn.functional.cross_entropy(scores, labels))  # without smoothing
 
 
 def test_one_batch_can_be_overfitted(synthetic):
@@ -116,13 +108,14 @@ def test_one_batch_can_be_overfitted(synthetic):
 # -- one epoch -----------------------------------------------------------------------------------------------------
 
 
-def test_the_results_of_training_agree_with_an_independent_computation(synthetic):
+def test_the_results_of_training_agree_with_an_independent_computation(synthetic, device):
     split = Split(synthetic[0].images[:70], synthetic[0].labels[:70], "70 images: the last batch of 32 is partial")
-    model, loader = Linear(), make_loader(split, 32, seed=4)
+    model, loader = Linear().to(device), make_loader(split, 32, seed=4, device=device)
     standing_still = Config(epochs=1, lr=1e-30, momentum=0, precision="float32")
     optimizer = training.make_optimizer(model, standing_still)
-    loss, accuracy = training.train(model, loader, optimizer, standing_still, CPU)
-    images, labels = (torch.cat(part).numpy() for part in zip(*loader, strict=True))
+    loss, accuracy = training.train(model, loader, optimizer, standing_still, device)
+    images, labels = (torch.cat(part).cpu().numpy() for part in zip(*loader, strict=True))
+    model = model.cpu()
     log_probs = model.by_hand(images)
     nll = -log_probs[np.arange(70), labels]
     assert loss == pytest.approx(nll.mean(), rel=1e-5)
@@ -131,23 +124,23 @@ def test_the_results_of_training_agree_with_an_independent_computation(synthetic
     assert loss != pytest.approx(of_batches, rel=1e-4)  # the usual mistake would be noticed
 
 
-def test_the_results_of_testing_agree_with_an_independent_computation(synthetic):
-    test_split, model = synthetic[1], Linear()
-    loss, accuracy = training.test(model, make_loader(test_split, 32, train=False), EXACT, CPU)
-    log_probs = model.by_hand(test_split.images)
+def test_the_results_of_testing_agree_with_an_independent_computation(synthetic, device):
+    test_split, model = synthetic[1], Linear().to(device)
+    loss, accuracy = training.test(model, make_loader(test_split, 32, train=False, device=device), EXACT, device)
+    log_probs = Linear().by_hand(test_split.images)
     assert loss == pytest.approx(-log_probs[np.arange(100), test_split.labels].mean(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (log_probs.argmax(1) == test_split.labels).mean())
 
 
-def test_collected_logits_agree_with_an_independent_computation(synthetic):
-    test_split, model = synthetic[1], Linear()
-    logits = collect_logits(model, test_split, EXACT, "cpu")
+def test_collected_logits_agree_with_an_independent_computation(synthetic, device):
+    test_split = synthetic[1]
+    logits = collect_logits(Linear(), test_split, EXACT, device)
     assert logits.dtype == torch.float32 and logits.shape == (100, 10)
-    np.testing.assert_allclose(logits.numpy(), model.by_hand(test_split.images), atol=1e-4)
+    np.testing.assert_allclose(logits.numpy(), Linear().by_hand(test_split.images), atol=1e-4)
     network = small_network().train()  # dropout and batch norm must behave as in testing
-    logits = collect_logits(network, test_split, EXACT, "cpu")
+    logits = collect_logits(network, test_split, EXACT, device)
     with torch.no_grad():
-        expected = network.eval()(normalize(torch.from_numpy(test_split.images), CPU))
+        expected = network.cpu().eval()(normalize(torch.from_numpy(test_split.images), CPU))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -158,7 +151,7 @@ def shifted(images, rows, columns):
 
 
 @pytest.mark.parametrize("views", [2, 6])
-def test_views_are_the_mean_probability_of_the_image_its_mirror_image_and_shifts(synthetic, views, capsys):
+def test_views_are_the_mean_probability_of_the_image_its_mirror_image_and_shifts(synthetic, views, capsys, device):
     test_split, model = synthetic[1], Linear()
     images = [test_split.images]
     if views == 6:
@@ -166,10 +159,11 @@ def test_views_are_the_mean_probability_of_the_image_its_mirror_image_and_shifts
     images += [view[:, :, ::-1] for view in images]
     assert len(images) == views
     probabilities = np.mean([np.exp(model.by_hand(view)) for view in images], axis=0)
-    logits = collect_logits(model, test_split, EXACT, "cpu", views=views)
+    logits = collect_logits(Linear(), test_split, EXACT, device, views=views)
     np.testing.assert_allclose(logits.exp().numpy(), probabilities, atol=2e-5)
     assert not np.allclose(probabilities, np.exp(model.by_hand(test_split.images)), atol=1e-2)
-    loss, accuracy = training.test(model, make_loader(test_split, 32, train=False), EXACT, CPU, views=views)
+    loader = make_loader(test_split, 32, train=False, device=device)
+    loss, accuracy = training.test(Linear().to(device), loader, EXACT, device, views=views)
     assert loss == pytest.approx(-np.log(probabilities[np.arange(100), test_split.labels]).mean(), rel=1e-4)
     assert accuracy == pytest.approx(100 * (probabilities.argmax(1) == test_split.labels).mean())
     assert f"Test set, {views} views: Average loss: {loss:.4f}" in capsys.readouterr().out
