@@ -14,6 +14,7 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from fakes import class_folders, position_coded, read_positions
 from networks import CPU, same_weights, small_network
 
@@ -372,38 +373,25 @@ def test_bad_input_more_processes_than_images_in_the_last_batch(n, batch_size, w
     make_loader(split, batch_size, rank=0, world_size=last)
 
 
-@pytest.fixture
-def with_cuda(monkeypatch):
-    """As on a machine with a GPU, whose loaders note how they are made."""
-    made = []
-
-    class Noted:
-        def __init__(self, split, batch_size, augmentation, seed, device, *_):
-            made.append((augmentation, device.type))
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr(loaders, "DeviceLoader", Noted)
-    return made
-
-
-def test_the_list_decides_where_a_gpus_batches_are_augmented(with_cuda):
+def test_the_list_decides_where_a_gpus_batches_are_augmented():
     split = synthetic_cifar10(20, 10)[0]
-    assert type(make_loader(split, 10, device="cuda")) is loaders.DeviceLoader
-    assert type(make_loader(split, 10, device="cuda", train=False)) is loaders.DeviceLoader
-    assert with_cuda == [(as_batch_augmentation(train_transforms()), "cuda"), (None, "cuda")]
     edited = A.Compose([A.RandomCrop(32, 32), A.VerticalFlip()])
-    for options in ({"transform": edited}, {"transform": edited, "train": False}):
-        assert make_loader(split, 10, device="cuda", num_workers=0, **options).augmentation == "albumentations"
-    assert make_loader(split, 10, device="cpu").augmentation == "albumentations" and len(with_cuda) == 2
+    with fake_cuda():
+        for train, expected in ((True, as_batch_augmentation(train_transforms())), (False, None)):
+            loader = make_loader(split, 10, device="cuda", train=train)
+            assert type(loader) is DeviceLoader and loader.transform == expected and loader.images.is_cuda
+            loader = make_loader(split, 10, device="cuda", train=train, num_workers=0, transform=edited)
+            assert loader.augmentation == "albumentations"
+        assert make_loader(split, 10, device="cpu").augmentation == "albumentations"
 
 
-def test_too_little_gpu_memory_falls_back_and_says_so(with_cuda, monkeypatch, capsys):
+def test_too_little_gpu_memory_falls_back_and_says_so(monkeypatch, capsys):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("tried to allocate 229.00 MiB")
 
     monkeypatch.setattr(loaders, "DeviceLoader", full)
-    loader = make_loader(synthetic_cifar10(20, 10)[0], 10, device="cuda", num_workers=0)
+    with fake_cuda():
+        loader = make_loader(synthetic_cifar10(20, 10)[0], 10, device="cuda", num_workers=0)
     assert loader.augmentation == "albumentations"
     assert "do not fit in the memory of cuda (tried to allocate 229.00 MiB)" in capsys.readouterr().out
 

@@ -217,13 +217,3 @@ def test_each_step_uses_the_rate_at_its_middle_and_each_epoch_has_batches_of_its
         loader.set_epoch(epoch)
         assert all(torch.equal(one, other) for one, (other, _) in zip(part, loader, strict=True))
     assert not torch.equal(batches[0], batches[3])
-
-
-def test_the_device_is_read_when_the_bar_is_refreshed_and_not_in_every_step(synthetic, monkeypatch):
-    sizes, update = [], training._update
-    monkeypatch.setattr(training, "REFRESH_SECONDS", 1e9)
-    monkeypatch.setattr(
-        training, "_update", lambda _, pending, *rest: (sizes.append(len(pending)), update(_, pending, *rest))
-    )
-    fit(Linear(), *synthetic, Config(epochs=2, batch_size=64), "cpu")
-    assert sizes == [5, 5]
