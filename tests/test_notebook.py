@@ -14,6 +14,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -119,6 +120,61 @@ def test_no_injected_constants_are_left_in():
     assert not [cell for cell in CODE if "injected-parameters" in cell.metadata.get("tags", [])]
 
 
+# -- cells that run again ------------------------------------------------------------------------------------------
+
+
+def run_cells(names, *marks):
+    """Execute the first code cells that contain these marks, in this process."""
+    for mark in marks:
+        exec(next(cell.source for cell in CODE if mark in cell.source), names)
+
+
+def test_cells_that_run_again_train_a_new_network(synthetic, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(names, seed, *marks):
+        names.update(EPOCHS=1, BATCH_SIZE=50, SEED=seed, CHECKPOINTS=False, DEVICE="cpu")
+        run_cells(names, "config = ", *marks, "run_folder(", "utils.fit(")
+        return names["history"]["train_loss"]
+
+    def start():
+        names = dict(zip(("train_split", "test_split"), synthetic, strict=True))
+        run_cells(names, "EPOCHS =", "import utils")
+        return names
+
+    expected = run(start(), 1, "def make_model")
+    again = start()
+    assert run(again, 0, "def make_model") != expected
+    assert run(again, 1) == expected
+    assert run(again, 1, "lr_range_test(") == expected
+
+
+@pytest.mark.parametrize(
+    ("constants", "synthetic", "epochs"),
+    [
+        ({}, False, 40),
+        ({}, True, 3),
+        ({"EPOCHS": 5}, True, 5),
+        ({"EPOCHS": 2}, False, 2),
+        ({"RECIPE": "fast"}, True, 3),
+    ],
+)
+def test_only_the_epochs_of_the_recipe_are_cut_on_the_stand_in(constants, synthetic, epochs):
+    names = {}
+    run_cells(names, "EPOCHS =", "import utils")
+    names |= {"train_split": SimpleNamespace(synthetic=synthetic), **constants}
+    run_cells(names, "config = ")
+    assert names["config"].epochs == epochs
+
+
+def test_no_epochs_are_refused():
+    names = {"train_split": SimpleNamespace(synthetic=True)}
+    run_cells(names, "EPOCHS =", "import utils")
+    names["EPOCHS"] = 0
+    with pytest.raises(ValueError, match="epochs is 0; expected at least 1"):
+        run_cells(names, "config = ")
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
@@ -210,9 +266,9 @@ def test_colab_whole_notebook_from_a_mounted_drive(cloud, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STAND_IN), *cells])
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "content")}})
     client.execute(env={**os.environ, "PYTHONPATH": ""})
-    streams = [output for cell in cells for output in cell.outputs if output.output_type == "stream"]
-    assert not [output.text for output in streams if output.name == "stderr"]
-    text = "\n".join(output.text for output in streams)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    text = "\n".join(output.text for output in outputs if output.output_type == "stream")
     assert "80 training images, 40 test images" in text and "1 of 1 epoch" in text
     (folder,) = (tmp_path / "content/drive/MyDrive/cifar10/runs").iterdir()  # survives a disconnection
     assert {"last.pt", "model.safetensors", "record.json"} <= {file.name for file in folder.iterdir()}
@@ -439,7 +495,7 @@ def test_make_run_writes_a_page_with_the_alternative_texts(make, tmp_path):
 )
 def test_make_run_passes_values_as_they_are(make, folder):
     _, arguments = make(f"DATA_ROOT={folder}", "EPOCHS=5")
-    assert arguments[8:] == ["-p", "EPOCHS", "5", "-r", "DATA_ROOT", folder] and arguments[7] == "-"
+    assert arguments[9:] == ["-p", "EPOCHS", "5", "-r", "DATA_ROOT", folder]
 
 
 @pytest.mark.parametrize("argument", ["EPOCH=5", "epochs=5", "EPOCHS=", "DATA=/x"])
