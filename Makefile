@@ -1,6 +1,6 @@
 # make run      train, plot and analyse: executes the notebook to runs/Session_8.ipynb and .html
 # make test     run the tests, two at a time
-# make test-colab   run them with Google Colab's package versions, over $(VENV)'s PyTorch; with its PyTorch: FULL=1
+# make test-colab   run those that Google Colab's package versions can change; FULL=1: all, with its PyTorch as well
 # make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
 # make lint     ruff's check and format check
 # make clean    delete the environment
@@ -62,9 +62,11 @@ test: $(VENV)/installed
 	touch $@
 
 test-colab: $(COLAB)/installed
-	$(COLAB)/bin/python -m pip --version
-	$(COLAB)/bin/python -m pip freeze | grep -E '^(torch|numpy|matplotlib|ipy|traitlets|pillow|scipy|pandas)'
-	$(COLAB)/bin/python -m pytest -n 2 --dist loadgroup -m 'not xdist_group' $(if $(FULL),,$(COLAB_TESTS))
+	$(COLAB)/bin/python --version
+	$(COLAB)/bin/python -m pip freeze --disable-pip-version-check | \
+		grep -E '^(torch|torchvision|numpy|scipy|pandas|matplotlib|pillow|ipython|ipykernel|traitlets)=='
+	$(COLAB)/bin/python -m pytest tests/test_notebook.py -k whole_notebook -s -q
+	$(COLAB)/bin/python -m pytest -n 2 --dist loadgroup -m 'not xdist_group' -k 'not whole_notebook' $(COLAB_TESTS)
 
 results: $(VENV)/installed
 	$(BIN)/python results/build.py $(if $(value DATA_ROOT),"$$DATA_ROOT")
