@@ -211,17 +211,17 @@ def test_a_notebook_on_a_machine_with_several_gpus_offers_a_command(tmp_path):
 
 # -- Google Colab, as far as a stand-in for its module can show -------------------------------------------------------
 
-# What Colab has before the notebook's cells: its module. `mount` copies the folder CLOUD.
+# What Colab has before the notebook's cells: its module. `mount` copies the folder DRIVE_CLOUD.
 STAND_IN = """
 import os, resource, shutil, sys
 from types import ModuleType
 
 def mount(path):
-    if "REFUSED" in os.environ:
+    if "DRIVE_REFUSED" in os.environ:
         raise ValueError("mount failed")
     if not os.path.exists(path):
-        shutil.copytree(os.environ["CLOUD"], path)
-    if "FULL" in os.environ:
+        shutil.copytree(os.environ["DRIVE_CLOUD"], path)
+    if "DRIVE_FULL" in os.environ:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 colab = ModuleType("google.colab")
@@ -234,7 +234,7 @@ sys.modules.update({"google": ModuleType("google"), "google.colab": colab, "goog
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
     """Return a user's Drive as it is in Google's cloud, without the project. The machine's /content is empty."""
-    monkeypatch.setenv("CLOUD", str(tmp_path / "cloud"))
+    monkeypatch.setenv("DRIVE_CLOUD", str(tmp_path / "cloud"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip fails if it has to install a package
     (tmp_path / "content").mkdir()
     (tmp_path / "cloud" / "MyDrive").mkdir(parents=True)
@@ -317,12 +317,12 @@ def test_colab_finds_the_project_on_each_kind_of_drive(cloud, tmp_path, place, c
 def test_colab_project_that_is_not_on_the_drive_keeps_its_runs_there(cloud, tmp_path, monkeypatch, name):
     project, runs = copy_project(tmp_path / "content" / name), tmp_path / "content/drive/MyDrive/cifar10-runs"
     constants = {} if name == "cifar10" else {"PROJECT_DIR": f"/content/{name}"}
-    monkeypatch.setenv("REFUSED", "1")
+    monkeypatch.setenv("DRIVE_REFUSED", "1")
     refused = set_up(tmp_path, times=2, **constants).stdout
     assert refused.count(f"run this cell again and allow access. Runs go to {project}/runs, which Colab deletes") == 2
-    monkeypatch.delenv("REFUSED")
+    monkeypatch.delenv("DRIVE_REFUSED")
     assert set_up(tmp_path, times=2, **constants).stdout.splitlines()[:2] == [f"{project}", f"{runs}"]
-    monkeypatch.setenv("REFUSED", "1")
+    monkeypatch.setenv("DRIVE_REFUSED", "1")
     assert set_up(tmp_path, **constants).stdout.splitlines()[-2] == f"{project}/runs"
 
 
@@ -332,7 +332,7 @@ def test_colab_clones_the_project_if_it_is_on_no_drive(cloud, tmp_path, monkeypa
     for command in ("init -q", "add .", "-c user.name=A -c user.email=a@b.c commit -q -m A"):
         subprocess.run(["git", "-C", origin, *command.split()], check=True)
     if refused:
-        monkeypatch.setenv("REFUSED", "1")
+        monkeypatch.setenv("DRIVE_REFUSED", "1")
     done = set_up(tmp_path, times=2, REPOSITORY=origin.as_uri())
     clone = tmp_path / "content/cifar10"
     runs = clone / "runs" if refused else tmp_path / "content/drive/MyDrive/cifar10-runs"
@@ -344,7 +344,7 @@ def test_colab_clones_the_project_if_it_is_on_no_drive(cloud, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("fault", "constants", "messages"),
     [
-        ("REFUSED", {}, ["not mounted (mount failed): run this cell again and allow access", "PROJECT_DIR is "]),
+        ("DRIVE_REFUSED", {}, ["not mounted (mount failed): run this cell again and allow access", "PROJECT_DIR is "]),
         ("", {}, ["MyDrive/cifar10 (lacks session8);", "Shareddrives/Team/cifar10 (lacks model_AC.py, utils.py, se"]),
         ("", {}, ["Copy the whole project folder to your Drive and set PROJECT_DIR", "or set REPOSITORY"]),
         (
@@ -355,11 +355,15 @@ def test_colab_clones_the_project_if_it_is_on_no_drive(cloud, tmp_path, monkeypa
         ("", {"REPOSITORY": "file:///none"}, ["'file:///none', which git cannot clone", "fatal: ", "Correct the addr"]),
         ("", {"REPOSITORY": "--bare"}, ["REPOSITORY is '--bare'", "fatal: repository '--bare' does not exist"]),
         (
-            "FULL",
+            "DRIVE_FULL",
             {"PROJECT_DIR": "ours"},
             ["ours/runs cannot be written", "too large", "delete old runs and empty its"],
         ),
-        ("FULL", {"PROJECT_DIR": "/content/local"}, ["MyDrive/cifar10-runs cannot be written", "empty its trash"]),
+        (
+            "DRIVE_FULL",
+            {"PROJECT_DIR": "/content/local"},
+            ["MyDrive/cifar10-runs cannot be written", "empty its trash"],
+        ),
         ("", {"PROJECT_DIR": "occupied"}, ["occupied/runs cannot be written", "File exists", "copy the project"]),
     ],
 )
