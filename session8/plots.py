@@ -4,6 +4,7 @@ Figures are about 9 inches wide, the width of a notebook, with text of at least 
 palette of Okabe and Ito. Titles name the source of the data, so that synthetic data are not mistaken for CIFAR-10.
 """
 
+import base64
 import io
 import re
 import statistics
@@ -27,12 +28,15 @@ class CaptionedFigure(Figure):
     caption = ""
 
     def _ipython_display_(self):
-        from IPython.display import Image, Markdown, display
+        from IPython.display import display
 
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
-        display(Image(buffer.getvalue(), format="png", alt=self.caption))
-        display(Markdown(re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", self.caption)))
+        image = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": str(self)}
+        # Raw: IPython before version 8, which Colab has, cannot give an Image an alternative text.
+        display(image, metadata={"image/png": {"alt": self.caption}}, raw=True)
+        caption = re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", self.caption)
+        display({"text/markdown": caption, "text/plain": self.caption}, raw=True)
 
 
 # -- images --------------------------------------------------------------------------------------------------------

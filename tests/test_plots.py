@@ -1,5 +1,6 @@
 """Figures show the data they are given, name their source, are legible, and have a caption."""
 
+import base64
 import io
 
 import numpy as np
@@ -165,14 +166,14 @@ def test_captions_of_the_error_analysis_agree_with_the_data(every_figure, split,
 
 def test_jupyter_shows_the_figure_with_its_caption_as_text_and_as_alternative_text(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, **options: shown.append((data, options)))
     figure = plots.plot_accuracy(HISTORY, "source")
     figure.caption = "a_b * c"
     figure._ipython_display_()
-    image, caption = shown
-    data, metadata = image._repr_mimebundle_()
-    assert data["image/png"] and metadata["image/png"]["alt"] == "a_b * c"
-    assert caption.data == r"a\_b \* c"
+    (image, options), (caption, _) = shown
+    assert Image.open(io.BytesIO(base64.b64decode(image["image/png"]))).width > 500
+    assert options["metadata"]["image/png"]["alt"] == "a_b * c"
+    assert caption == {"text/markdown": r"a\_b \* c", "text/plain": "a_b * c"}
 
 
 def test_no_two_curves_of_an_axis_differ_in_colour_alone(every_figure):
