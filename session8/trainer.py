@@ -19,7 +19,16 @@ from session8.augment import train_transforms
 from session8.checkpoint import CheckpointError, Checkpoints, differences, rng_state, set_rng_state
 from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
 from session8.loaders import make_loader
-from session8.records import changes, environment, epoch_line, print_history, run_identity, short_hash, utc_now
+from session8.records import (
+    changes,
+    edited_sources,
+    environment,
+    epoch_line,
+    print_history,
+    run_identity,
+    short_hash,
+    utc_now,
+)
 from session8.training import (
     TEST_BATCH_SIZE,
     Progress,
@@ -338,6 +347,8 @@ def _header(trainer, train_split, test_split):
         f"Training on {train_split.source}: {sizes}; {trainer.config.epochs} epochs, {computed}, "
         f"augmentation {trainer.train_loader.augmentation}"
     )
+    if edited := edited_sources(trainer.model):
+        header += f"\nOn disk {', '.join(edited)} changed: the code in memory trains. Restart to use the files."
     if trainer.world_size > 1:
         on_cuda = "Batch norm is synchronised"
         on_cpu = "Batch norm uses each process's share; the running statistics are rank 0's"
