@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 def plural(n, noun):
     """Return a number and its noun in words: "1 thread", "2,000 images", "2 processes"."""
-    ending = "" if n == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    ending = "" if n == 1 else "es" if noun.endswith(("s", "tch")) else "s"
     return f"{n:,} {noun}{ending}"
 
 

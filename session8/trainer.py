@@ -348,7 +348,9 @@ def _header(trainer, train_split, test_split):
         f"augmentation {trainer.train_loader.augmentation}"
     )
     if edited := edited_sources(trainer.model):
-        header += f"\nChanged since the import: {', '.join(edited)}. The code in memory trains; restart to use the files."
+        header += (
+            f"\nChanged since the import: {', '.join(edited)}. The code in memory trains; restart to use the files."
+        )
     if trainer.world_size > 1:
         on_cuda = "Batch norm is synchronised"
         on_cpu = "Batch norm uses each process's share; the running statistics are rank 0's"

@@ -128,9 +128,11 @@ def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
 
 
 def longest_decreasing(losses):
-    """Return the indices of the longest decreasing subsequence, by trying all: of several, the earliest from its end."""
+    """Return the indices of the longest decreasing subsequence, by trying all; of several, the earliest."""
     for size in range(len(losses), 0, -1):
-        found = [c for c in combinations(range(len(losses)), size) if all(losses[i] > losses[j] for i, j in pairwise(c))]
+        found = [
+            c for c in combinations(range(len(losses)), size) if all(losses[i] > losses[j] for i, j in pairwise(c))
+        ]
         if found:
             return min(found, key=lambda indices: indices[::-1])
 
