@@ -6,9 +6,13 @@ The run goes to runs/, where a repeated command resumes it. Several processes sh
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+
+if __name__ == "__main__":
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: end without a traceback
 
 import torch
 
@@ -105,4 +109,5 @@ def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout, width=con
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     main()

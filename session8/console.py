@@ -6,10 +6,10 @@ import sys
 from contextlib import contextmanager
 
 
-def plural(n, noun):
-    """Return a number and its noun in words: "1 thread", "2,000 images", "2 processes"."""
+def plural(n, noun, form=","):
+    """Return a number, in the given format, and its noun: "1 thread", "2,000 images", "2 processes"."""
     ending = "" if n == 1 else "es" if noun.endswith(("s", "tch")) else "s"
-    return f"{n:,} {noun}{ending}"
+    return f"{n:{form}} {noun}{ending}"
 
 
 @contextmanager
@@ -27,9 +27,8 @@ def command_line(*errors):
         try:
             yield
         finally:
-            sys.stdout.flush()  # so that a closed pipe is noticed here
+            print(end="", flush=True)  # so that a closed pipe or a full disk is noticed here
     except BrokenPipeError:  # the reader has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(1)
     except (OSError, ValueError, *errors) as error:
         sys.exit("\n".join([str(error), *getattr(error, "__notes__", [])]))
@@ -37,6 +36,11 @@ def command_line(*errors):
         if is_first_rank():
             print(str(error) or "Interrupted.", file=sys.stderr)
         sys.exit(130)
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be a traceback at exit
 
 
 def is_first_rank():

@@ -146,7 +146,7 @@ def run_until_trained(tmp_path, setup="", **constants):
 def test_the_notebook_shows_the_run_of_two_processes(tmp_path):
     command, shown = run_until_trained(tmp_path, PROCESSES=2, CHECKPOINTS=False)
     assert "--nproc-per-node=2" in command and "2 processes share each batch of 20" in command
-    assert "Batch_id=3" in command and "1 of 1 epochs" in command
+    assert "Batch_id=3" in command and "1 of 1 epoch" in command
     assert "This run is finished" in shown and "Batch_id" not in shown
     record = json.loads(next(tmp_path.glob("runs/*/record.json")).read_text())
     assert record["world_size"] == 2 and f"({record['history']['test_accuracy'][0]:.2f}%)" in shown
@@ -213,7 +213,7 @@ def run_in_colab(tmp_path, cells=None, refused=False, **constants):
 
 def test_colab_whole_notebook_from_a_mounted_drive(drive, tmp_path):
     text = run_in_colab(tmp_path, EPOCHS=1, BATCH_SIZE=20, DEVICE="cpu")
-    assert "80 training images, 40 test images" in text and "1 of 1 epochs" in text
+    assert "80 training images, 40 test images" in text and "1 of 1 epoch" in text
     project = tmp_path / "content" / "drive" / "MyDrive" / "cifar10"
     (folder,) = (project / "runs").iterdir()  # on the Drive, where they survive a disconnection
     assert {"last.pt", "model.safetensors", "record.json"} <= {file.name for file in folder.iterdir()}
@@ -248,7 +248,7 @@ def test_without_data_the_notebook_runs_on_the_stand_in_and_says_so(tmp_path):
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
     text = "".join(output.get("text", "") for cell in code for output in cell.outputs)
-    assert "SYNTHETIC STAND-IN" in text and "1 of 1 epochs on synthetic stand-in, NOT CIFAR-10" in text
+    assert "SYNTHETIC STAND-IN" in text and "1 of 1 epoch on synthetic stand-in, NOT CIFAR-10" in text
     assert json.loads(next(tmp_path.glob("runs/*/record.json")).read_text())["data"] == data.SYNTHETIC
 
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "__init__": set(),
     **{name: {"console"} for name in LOWEST - {"console"}},
     "console": set(),
-    "distributed": {"device"},
+    "distributed": {"console", "device"},
     "launch": {"config"},
     "augment": LOWEST,
     "loaders": {*LOWEST, "augment"},
