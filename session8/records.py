@@ -271,7 +271,7 @@ def print_summary(model, size=32):
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"torchsummary cannot show {type(model).__name__} ({reason}).\nParameters: {count_parameters(model):,}")
     macs = count_macs(model, size)
-    counted = "cannot be counted" if math.isnan(macs) else f"{macs / 1e6:.1f} million per image"
+    counted = "cannot be counted" if math.isnan(macs) else f"{macs / 1e6:.3g} million per image"
     print(f"Multiply-accumulates (MACs): {counted}")
 
 
