@@ -91,13 +91,14 @@ def source_hashes(model):
     """Return the SHA-256 of each source file that shapes the result: {file name: hexadecimal digits}.
 
     The files are those that were imported. CHANGED stands in for the hash of a file that was reloaded since, or of a
-    file of the user's whose functions differ from those in memory. A network that is defined in a notebook has an entry
-    of its own, the hash of its methods' source.
+    file of the user's whose functions differ from those in memory; constants and default values that were edited before
+    the first call are not noticed. A network that is defined in a notebook has an entry of its own, the hash of its
+    methods' source.
     """
-    hashes, path = {}, _network_file(model)
+    hashes, path = {}, _network_file(type(model))
     if path is not None:
         versions = [AS_IMPORTED[path]] if path in AS_IMPORTED else []
-        versions += [path.read_bytes()] if path.is_file() else []  # of a network, a reloaded file is what runs
+        versions += [_first_seen(type(model))]  # of a network, a reloaded file is what runs
         names = {**vars(sys.modules[type(model).__module__]), type(model).__name__: type(model)}
         hashes[path.name] = _hash_of_running(names, path, versions)
     else:
@@ -112,7 +113,7 @@ def source_hashes(model):
 def edited_sources(model):
     """Return the names of the source files that differ on disk from the code that runs."""
     hashes = source_hashes(model)
-    paths = [path for path in (_network_file(model), *map(PACKAGE.joinpath, SOURCES)) if path and path.is_file()]
+    paths = [path for path in (_network_file(type(model)), *map(PACKAGE.joinpath, SOURCES)) if path and path.is_file()]
     return [path.name for path in paths if _sha256(path.read_bytes()) != hashes[path.name]]
 
 
@@ -120,10 +121,17 @@ def _sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def _network_file(model):
-    """Return the path of the file that defines a model's class; None for a notebook."""
-    file = getattr(sys.modules.get(type(model).__module__), "__file__", None)
+def _network_file(network):
+    """Return the path of the file that defines a class; None for a notebook."""
+    file = getattr(sys.modules.get(network.__module__), "__file__", None)
     return file and Path(file).resolve()
+
+
+@cache
+def _first_seen(network):
+    """Return the content of a class's file at the first call: a reloaded class is another one."""
+    path = _network_file(network)
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _source_of_methods(model):
@@ -147,7 +155,8 @@ def _hash_of_running(names, path, versions):
     methods.update(code.co_qualname for code in running)  # names that begin with __ are others in the class
     for version_of_file in versions:
         compiled = {}  # several code objects of one name: a property's getter and setter
-        _collect(compile(version_of_file, path, "exec", dont_inherit=True), compiled)
+        with suppress(SyntaxError, ValueError):  # a file that is being edited
+            _collect(compile(version_of_file, path, "exec", dont_inherit=True), compiled)
         added = {name for name in compiled if name.rpartition(".")[0] in classes and "<" not in name} - methods
         if not added and all(code in compiled.get(code.co_qualname, ()) for code in running):
             return _sha256(version_of_file)

@@ -180,6 +180,7 @@ def network(tmp_path, monkeypatch):
         ("class Network(Base):\n", "class Network(Base):\n    def extra_repr(self): return ''\n", False),
         ("    def __hidden(self):\n        return 1\n", "", False),
         (NETWORK, "", False),
+        (NETWORK, "class Unfinished(", False),
     ],
 )
 def test_a_file_that_was_edited_since_it_was_imported_has_no_hash(old, new, same, network):
@@ -190,6 +191,14 @@ def test_a_file_that_was_edited_since_it_was_imported_has_no_hash(old, new, same
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert source_hashes(model)["user_network.py"] == (digest if same else records.CHANGED)
     assert records.edited_sources(model) == ([] if same else ["user_network.py"])
+
+
+def test_a_file_that_was_edited_since_it_was_first_seen_keeps_its_hash(network):
+    module, path = network
+    before = source_hashes(module.Network())
+    path.write_text(NETWORK.replace("def scale(x)", "def scale(x, factor=3)"))
+    assert source_hashes(module.Network()) == before
+    assert records.edited_sources(module.Network()) == ["user_network.py"]
 
 
 def test_a_network_of_a_reloaded_file_has_the_hash_of_the_new_file(network):
@@ -393,7 +402,7 @@ def test_macs_of_other_networks_agree_with_a_count_by_hand(make, macs):
     [
         (AdvancedCNN, ["Conv2d-1", "Total params: 1,05", "Multiply-accumulates (MACs): 39.5 million per image"]),
         (vision_transformer, ["torchsummary cannot show VisionTransformer (AttributeError: ", "Parameters: 15,690"]),
-        (lambda: Recurrent(nn.LSTM), ["cannot show Recurrent (AttributeError: ", "Parameters: 7,466", "0.2 million"]),
+        (lambda: Recurrent(nn.LSTM), ["cannot show Recurrent (AttributeError: ", "Parameters: 7,466", "0.23 million"]),
         (DictOutput, ["Linear-1", "Total params: 30,730", "(MACs): 0.0307 million per image"]),
         (lambda: nn.Sequential(DictOutput()), ["torchsummary cannot show Sequential (AttributeError: "]),
         (NoCopy, ["(RuntimeError: cannot be copied: it holds a lock).", "(MACs): cannot be counted"]),
