@@ -6,18 +6,23 @@ The run goes to runs/, where a repeated command resumes it. Several processes sh
 
 import argparse
 import os
+import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+if __name__ == "__main__":
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: end without a traceback
+
 import torch
-import tyro
 
 from model_AC import AdvancedCNN
 from session8 import distributed
-from session8.checkpoint import save_model
+from session8.checkpoint import CheckpointError, save_model
 from session8.config import RECIPES, Config
-from session8.data import CLASSES, DatasetUnavailable, load_cifar10, validation_split
+from session8.console import command_line, is_first_rank
+from session8.data import CLASSES, load_cifar10, validation_split
+from session8.device import get_device
 from session8.records import describe_record, final_metrics, write_record
 from session8.trainer import fit, run_folder
 from session8.training import TrainingDiverged, accuracy_by_views
@@ -26,7 +31,14 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_options(arguments=None, prog="train.py"):
-    """Read the command line. Returns (options, config): the options of this script, and the recipe as a Config."""
+    """Read the command line. Returns (options, config): the options of this script, and the recipe as a Config.
+
+    Exits with status 2 and a message if an option is wrong.
+    """
+    try:
+        import tyro  # here, since notebooks do without it
+    except ImportError:
+        sys.exit(f"{prog} needs tyro, which is not installed: pip install tyro")
     parser = argparse.ArgumentParser(prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default="default", help="the recipe, whose values follow")
     parser.add_argument("--data", help="folder with CIFAR-10; see `load_cifar10`")
@@ -37,36 +49,34 @@ def read_options(arguments=None, prog="train.py"):
     options, rest = parser.parse_known_args(arguments)
     only_epochs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_epochs.add_argument("--epochs", type=int, default=argparse.SUPPRESS)
-    recipe = Config.named(options.recipe, **vars(only_epochs.parse_known_args(rest)[0]))
     try:
+        get_device(options.device)
+        recipe = Config.named(options.recipe, **vars(only_epochs.parse_known_args(rest)[0]))
         return options, tyro.cli(Config, prog=prog, description=parser.format_help(), default=recipe, args=rest)
-    except ValueError as error:  # a value out of range, which older releases of tyro pass on
+    except ValueError as error:  # a value out of range
         parser.error(str(error))
 
 
 def run(make_model, options, config, device, runs=ROOT / "runs"):
     """Train the network that `make_model(config)` returns, and return the record; None on the ranks other than 0.
 
-    Weights and record are written to the run's folder. Exits with a message, before training, if an option is not
-    possible, and if training is interrupted.
+    Weights and record are written to the run's folder. Raises as `load_cifar10` and `fit` do; ValueError, before
+    training, if the run's folder is not the expected one; KeyboardInterrupt if training is interrupted.
     """
     with distributed.raise_together():
-        try:
-            splits = load_cifar10(options.data, options.allow_synthetic)
-            splits = validation_split(splits[0]) if options.validation else splits
-        except (DatasetUnavailable, ValueError) as error:
-            sys.exit(str(error))
+        splits = load_cifar10(options.data, options.allow_synthetic)
+        splits = validation_split(splits[0]) if options.validation else splits
         torch.manual_seed(config.seed)
         model = make_model(config)
         folder = run_folder(model, *splits, config, device, runs)
         if options.expect_folder and Path(options.expect_folder).resolve() != folder.resolve():
-            sys.exit(
+            raise ValueError(
                 f"the run's folder is '{folder}', not '{options.expect_folder}': network, data, device type or code "
                 "differ from those of the program that expects it"
             )
     history = fit(model, *splits, config, device, checkpoint_dir=folder)
     if len(history["seconds"]) < config.epochs:
-        sys.exit("Interrupted: run the same command again to resume." if distributed.rank() == 0 else 1)
+        raise KeyboardInterrupt("Interrupted: run the same command again to resume.")
     if distributed.rank() > 0:
         return None
     views = accuracy_by_views(model, splits[1], config, device)
@@ -77,19 +87,27 @@ def run(make_model, options, config, device, runs=ROOT / "runs"):
 
 
 def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout, width=config.width)):
-    """Train as the command line says. Exits with status 1 and a message if it is not possible or was interrupted."""
-    options, config = read_options()
-    try:
-        with ExitStack() as stack:
-            try:
-                device = stack.enter_context(distributed.process_group(options.device))
-            except ValueError as error:
-                sys.exit(str(error))
-            run(make_model, options, config, device)
-    except (distributed.RankError, TrainingDiverged) as error:  # the same on every rank: rank 0 reports it
-        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
-        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+    """Train as the command line says.
+
+    Exits with a message and status 2 if an option is wrong, 1 if training is not possible, 130 if it is interrupted.
+    Of several processes, rank 0 alone reports what all have in common.
+    """
+    with command_line(CheckpointError, distributed.RankError, TrainingDiverged):
+        with ExitStack() as silent:
+            if not is_first_rank():
+                nowhere = silent.enter_context(open(os.devnull, "w"))
+                silent.enter_context(redirect_stdout(nowhere))
+                silent.enter_context(redirect_stderr(nowhere))
+            options, config = read_options()
+        try:
+            with distributed.process_group(options.device) as device:
+                run(make_model, options, config, device)
+        except (distributed.RankError, TrainingDiverged):
+            if not is_first_rank():
+                sys.exit(1)
+            raise
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     main()

@@ -19,7 +19,8 @@ from session8.launch import run_command, torchrun_command
 # Saved weights, and the record of a run.
 from session8.checkpoint import load_model, save_model
 from session8.records import (
-    count_macs, data_fingerprint, describe_record, final_metrics, read_runs, runs_table, write_record,
+    count_macs, data_fingerprint, describe_record, final_metrics, print_summary, read_runs, runs_table,
+    write_record,
 )
 # Error analysis.
 from session8.analysis import (
@@ -40,8 +41,8 @@ __all__ = [
     "estimate_seconds", "lr_range_test",
     "accuracy_by_views", "collect_logits", "fit", "run_folder", "test", "train", "train_step",
     "run_command", "torchrun_command",
-    "load_model", "save_model", "count_macs", "data_fingerprint", "describe_record", "final_metrics", "write_record",
-    "read_runs", "runs_table",
+    "load_model", "save_model", "count_macs", "data_fingerprint", "describe_record", "final_metrics",
+    "print_summary", "write_record", "read_runs", "runs_table",
     "calibration", "class_accuracy", "confusion_matrix", "grad_cam_pairs", "misclassified", "most_confused",
     "export_onnx", "predict",
     "plot_accuracy", "plot_augmentations", "plot_calibration", "plot_class_accuracy", "plot_confusion",

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from session8.checkpoint import write_file
+from session8.console import plural
 from session8.data import DatasetUnavailable, Split, load_cifar10
 from session8.device import device_name, get_device, synchronize
 from session8.records import package_versions, project_commit
@@ -49,7 +50,9 @@ def device(text):
 
 def make_parser(description, **numbers):
     """Return a parser with the options of every benchmark, and its own `numbers` with their defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description and description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--data", help="folder with CIFAR-10")
     parser.add_argument("--device", type=device, default=get_device(), help="cuda, mps or cpu")
     parser.add_argument("--save", action="store_true", help="write the result to results/benchmarks/")
@@ -72,7 +75,7 @@ def load_training_split(options, needed):
     """Return the training split. Exits if it has fewer than `needed` images, or if --save needs all of CIFAR-10."""
     split, _ = load_splits(options)
     if needed > len(split):
-        sys.exit(f"{needed:,} training images are needed, but '{split.source}' has {len(split):,}: use fewer")
+        sys.exit(f"{plural(needed, 'training image')} needed, but '{split.source}' has {len(split):,}: use fewer")
     if options.save and len(split) != 50_000:
         sys.exit(f"'{split.source}' has {len(split):,} training images: --save needs all 50,000")
     return split

@@ -18,6 +18,7 @@ from common import load_splits, load_training_split, make_parser, ratio, report,
 from model_AC import AdvancedCNN
 from session8.augment import as_batch_augmentation, train_transforms
 from session8.config import Config
+from session8.console import plural
 from session8.device import arithmetic, backend_flags, memory_format
 from session8.loaders import DeviceLoader, make_loader
 from session8.trainer import fit
@@ -34,7 +35,9 @@ def make_functions(split, config, device, workers):
     model = AdvancedCNN().to(device, memory_format=memory_format(device))
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
     loaders = {
-        "ours" if n == 0 else f"ours, {n} workers": make_loader(split, config.batch_size, num_workers=n, device="cpu")
+        "ours" if n == 0 else f"ours, {plural(n, 'worker')}": make_loader(
+            split, config.batch_size, num_workers=n, device="cpu"
+        )
         for n in workers
     }
     augmentation = as_batch_augmentation(train_transforms(config.cutout))
@@ -91,7 +94,7 @@ def train_and_print_memory(options):
 
 
 def main():
-    parser = make_parser(__doc__.splitlines()[0], rounds=5, batch_size=128, images=[50_000], workers=[0])
+    parser = make_parser(__doc__, rounds=5, batch_size=128, images=[50_000], workers=[0])
     parser.add_argument("--only-memory", action="store_true", help="train one epoch and print the peak memory")
     options = parser.parse_args()
     if options.only_memory:

@@ -25,7 +25,7 @@ def measure(pipelines, split, batch_size, num_workers, rounds, device):
 
 
 def main():
-    options = make_parser(__doc__.splitlines()[0], images=10_000, rounds=7, batch_size=128).parse_args()
+    options = make_parser(__doc__, images=10_000, rounds=7, batch_size=128).parse_args()
     split = subset(load_training_split(options, options.images), options.images)
     rows = []
     for num_workers in (0, 2):

@@ -122,7 +122,7 @@ def measure(rank, options, split, store):
 
 
 def main():
-    options = make_parser(__doc__.splitlines()[0], steps=10, rounds=15, batch_size=128).parse_args()
+    options = make_parser(__doc__, steps=10, rounds=15, batch_size=128).parse_args()
     if options.device.type != "cpu":
         raise SystemExit(f"device is {options.device}: this benchmark compares threads of a CPU; use --device cpu")
     split = subset(load_training_split(options, options.batch_size), options.batch_size)

@@ -54,7 +54,7 @@ def our_loop(images, labels, device, steps, config):
 
 
 def main():
-    options = make_parser(__doc__.splitlines()[0], steps=10, rounds=31, batch_size=128).parse_args()
+    options = make_parser(__doc__, steps=10, rounds=31, batch_size=128).parse_args()
     batch = subset(load_training_split(options, options.batch_size), options.batch_size)
     images, labels = torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
     arguments = images, labels, options.device, options.steps

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -60,12 +61,16 @@ STYLES = {"AdvancedCNN": "-", "ResNet20": "--"}
 
 def read_records():
     """Return the published records by file name."""
-    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {path.name: _read(path) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def read_benchmarks():
     """Return the saved benchmarks by file name."""
-    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmarks/*.json"))}
+    return {path.name: _read(path) for path in sorted(RESULTS.glob("benchmarks/*.json"))}
+
+
+def _read(path):
+    return json.loads(re.sub(r"\b1 threads\b", "1 thread", path.read_text()))  # as older versions wrote
 
 
 def recipe_name(record):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from session8.console import plural
+
 
 def get_device(device=None):
     """Return the torch.device to use: `device` if given, else the first available of CUDA, MPS and CPU.
@@ -127,7 +129,7 @@ def device_name(device):
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}, {'GPU (MPS)' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
+    return f"{processor}, {'GPU (MPS)' if device.type == 'mps' else plural(torch.get_num_threads(), 'thread')}"
 
 
 def synchronize(device):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from session8.console import plural
 from session8.device import get_device
 
 _groups = itertools.count()  # how many process groups this process has joined
@@ -98,7 +99,9 @@ def _own_device(device, joined):
         if found.index is not None and joined:
             raise ValueError(f"device is {device!r}, but each process uses the GPU of its LOCAL_RANK: use 'cuda'")
         if found.index is None and local >= n:
-            raise ValueError(f"LOCAL_RANK is {local}, but this machine has {n} GPUs: use --nproc-per-node={n}")
+            raise ValueError(
+                f"LOCAL_RANK is {local}, but this machine has {plural(n, 'GPU')}: use --nproc-per-node={n}"
+            )
         found = torch.device("cuda", local if found.index is None else found.index)
         torch.cuda.set_device(found)
     return found

@@ -37,7 +37,7 @@ def run_command(command):
     If this process is interrupted, it ends the command.
     """
     print(shlex.join(command), flush=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end within a character
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
         try:

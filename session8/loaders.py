@@ -18,6 +18,7 @@ from session8.augment import (
     train_transforms,
 )
 from session8.config import FLIPS, PADDINGS
+from session8.console import plural
 from session8.device import available_cores, get_device
 
 
@@ -199,8 +200,8 @@ def make_loader(
     smallest = len(split) % batch_size or min(batch_size, len(split))
     if train and world_size > smallest:
         raise ValueError(
-            f"{world_size} processes share the last batch of {smallest} images: use at most {smallest} processes, or "
-            f"another batch_size than {batch_size}"
+            f"{world_size} processes share the last batch of {plural(smallest, 'image')}: use at most "
+            f"{plural(smallest, 'process')}, or another batch_size than {batch_size}"
         )
     augmentation = as_batch_augmentation(transform, crop_padding, flip == "alternate") if train else None
     supported = augmentation is not None if train else getattr(transform, "transforms", None) == []

@@ -75,12 +75,12 @@ class LRRange(NamedTuple):
     """Result of `lr_range_test`.
 
     lr: the learning rates tried, increasing. loss: the smoothed training loss after each. suggestion: a constant
-    learning rate. diverged: whether the loss ended the test.
+    learning rate, or None if the loss never fell. diverged: whether the loss ended the test.
     """
 
     lr: list[float]
     loss: list[float]
-    suggestion: float
+    suggestion: float | None
     diverged: bool
 
 
@@ -93,8 +93,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
 
     A copy of the model is trained; model and random states (CPU and CUDA) are unchanged.
 
-    Returns an LRRange. Raises ValueError if an argument is out of range, if the first loss is not finite, or if the
-    loss never falls.
+    Returns an LRRange. Raises ValueError if an argument is out of range, or if the first loss is not finite.
     """
     if not 0 < start < end < math.inf:
         raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
@@ -121,19 +120,27 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
             losses.append(smoothed)
     if not rates:
         raise ValueError(f"the first loss is {smoothed}, before any step: the weights or the images are not finite")
-    if min(losses) == losses[0]:
-        raise ValueError(f"the loss never fell below its first value, at {start:g}: use a smaller start")
-    return LRRange(rates, losses, rates[_valley(losses)], diverged)
+    suggestion = rates[_valley(losses)] if min(losses) < losses[0] else None
+    return LRRange(rates, losses, suggestion, diverged)
 
 
 def _valley(losses):
-    """Return the index in the middle of the longest decreasing subsequence of the losses."""
+    """Return the index in the middle of the longest decreasing subsequence of the losses.
+
+    Of several, it is the one that ends first; of those, the one whose last points come first: smaller rates are safer.
+    """
     losses = np.array(losses)
     length = np.ones(len(losses), int)  # of the longest decreasing subsequence that ends at each index
+    before = np.full(len(losses), -1)  # the index that precedes each in it
     for i in range(1, len(losses)):
-        length[i] += length[:i][losses[:i] > losses[i]].max(initial=0)
-    end = int(length.argmax())
-    return end - int(length[end]) // 2
+        lengths = np.where(losses[:i] > losses[i], length[:i], 0)
+        if lengths.max() > 0:
+            before[i] = lengths.argmax()
+            length[i] += lengths.max()
+    index = length.argmax()
+    for _ in range(length.max() // 2):
+        index = before[index]
+    return int(index)
 
 
 def _endless(loader):

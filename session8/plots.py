@@ -2,18 +2,25 @@
 
 Figures are about 9 inches wide, the width of a notebook, with text of at least 9 points and the colour-blind safe
 palette of Okabe and Ito. Titles name the source of the data, so that synthetic data are not mistaken for CIFAR-10.
+Names appear as they are, without mathematics, in a font that has their characters. A character that no installed font
+has is escaped. Long names are cut in the middle.
 """
 
 import base64
 import io
 import re
 import statistics
+from functools import cache
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.text import Text
 
+from session8.console import plural
 from session8.data import CLASSES
 
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
@@ -39,6 +46,54 @@ class CaptionedFigure(Figure):
         display({"text/markdown": caption, "text/plain": self.caption}, raw=True)
 
 
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _font_with(character):
+    """Return the name of an installed font that has a character: "" for the default font, None if there is none."""
+    if get_font(findfont(FontProperties())).get_char_index(ord(character)):
+        return ""
+    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]  # which has boxes only
+    return next((font.name for font in fonts if get_font(font.fname).get_char_index(ord(character))), None)
+
+
+def _drawable(text):
+    """Return a text with the characters that no installed font has as escapes, such as \\u732b."""
+    escaped = (c if _font_with(c) is not None else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(escaped)
+
+
+def _short(name, length=22):
+    """Return a name as it can be drawn, without its middle if it is longer than `length`."""
+    name = _drawable(name)
+    return name if len(name) <= length else f"{name[: (length - 1) // 2]}…{name[-(length // 2) :]}"
+
+
+def _two_lines(text, width):
+    """Return a title for a figure of so many inches."""
+    return fill(_short(text, int(19 * width)), int(10 * width))
+
+
+def _title(figure, text):
+    figure.suptitle(_two_lines(text, figure.get_figwidth()), fontsize=12)
+
+
+def _legend_label(text):
+    """Return a text as a label: legends leave out those that begin with an underscore."""
+    return f" {text}" if text.startswith("_") else text
+
+
+def _finish(figure):
+    """Set the fonts of a figure's texts, and turn mathematics off in them. Returns the figure."""
+    figure.caption = figure.caption.encode(errors="backslashreplace").decode()  # names of files may be no Unicode
+    for text in figure.findobj(Text):
+        if shown := text.get_text():  # empty: labels of numbers, which a formatter fills in
+            others = sorted({_font_with(c) for c in shown if c != "\n"} - {"", None})
+            text.set(parse_math=False, fontfamily=[*matplotlib.rcParams["font.family"], *others])
+    return figure
+
+
 # -- images --------------------------------------------------------------------------------------------------------
 
 
@@ -46,7 +101,7 @@ def _image_grid(rows, columns, title, size, caption_height):
     """Return a figure with rows x columns axes for images, each `size` inches wide with a caption above it."""
     width = max(columns * size, 6)  # room for the title
     figure = CaptionedFigure(figsize=(width, rows * (size + caption_height) + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    _title(figure, title)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -66,9 +121,11 @@ def plot_samples(split, rows=4, seed=0):
     for column, name in enumerate(CLASSES):
         members = rng.permutation(np.flatnonzero(split.labels == column))[:rows]
         for row, index in enumerate(members):
-            _show_image(axes[row, column], split.images[index], name if row == 0 else "")
-    figure.caption = f"{rows} random images of each class, one class per column: {', '.join(CLASSES)}."
-    return figure
+            # An inch has room for 12 characters of 9 points.
+            _show_image(axes[row, column], split.images[index], _short(name, int(12 * size)) if row == 0 else "")
+    shown = plural(rows, "random image")
+    figure.caption = f"{shown} of each class, one class per column: {', '.join(CLASSES)}."
+    return _finish(figure)
 
 
 def plot_augmentations(image, draws, source):
@@ -77,22 +134,22 @@ def plot_augmentations(image, draws, source):
     image: uint8 (32, 32, 3). draws: uint8 (N, 32, 32, 3), from `augment`.
     """
     columns = 8
-    title = f"One image and {len(draws)} augmentations of it: {source}"
+    title = f"One image and {plural(len(draws), 'augmentation')} of it: {source}"
     figure, axes = _image_grid(-(-(len(draws) + 1) // columns), columns, title, size=1.15, caption_height=0.12)
     _show_image(axes.flat[0], image, "original")
     for ax, draw in zip(axes.flat[1:], draws, strict=False):
         _show_image(ax, draw)
-    figure.caption = f"The original image, then {len(draws)} random augmentations of it."
-    return figure
+    figure.caption = f"The original image, then {plural(len(draws), 'random augmentation')} of it."
+    return _finish(figure)
 
 
 # -- curves --------------------------------------------------------------------------------------------------------
 
 
-def _axes(title, xlabel, ylabel):
-    figure = CaptionedFigure(figsize=(9, 4), layout="constrained")
+def _axes(title, xlabel, ylabel, height=4):
+    figure = CaptionedFigure(figsize=(9, height), layout="constrained")
     ax = figure.subplots()
-    ax.set_title(title, fontsize=12)
+    ax.set_title(_two_lines(title, 9), fontsize=12)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.3)
@@ -110,7 +167,7 @@ def _plot_curves(title, ylabel, train, test, digits):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     figure.caption = "There is no complete epoch yet."
-    return figure
+    return _finish(figure)
 
 
 def plot_loss(history, source):
@@ -120,10 +177,10 @@ def plot_loss(history, source):
     if test:
         best = int(np.argmin(test))
         figure.caption = (
-            f"Loss after {len(test)} epochs: train {train[-1]:.3f}, test {test[-1]:.3f}. The test loss was lowest "
-            f"after epoch {best + 1} ({test[best]:.3f})."
+            f"Loss after {plural(len(test), 'epoch')}: train {train[-1]:.3f}, test {test[-1]:.3f}. "
+            f"The test loss was lowest after epoch {best + 1} ({test[best]:.3f})."
         )
-    return figure
+    return _finish(figure)
 
 
 def plot_accuracy(history, source):
@@ -131,24 +188,27 @@ def plot_accuracy(history, source):
     train, test = history["train_accuracy"], history["test_accuracy"]
     figure = _plot_curves(f"Accuracy: {source}", "accuracy (%)", train, test, 2)
     if test:
-        figure.caption = f"Accuracy after {len(test)} epochs: train {train[-1]:.2f} %, test {test[-1]:.2f} %."
-    return figure
+        done = plural(len(test), "epoch")
+        figure.caption = f"Accuracy after {done}: train {train[-1]:.2f} %, test {test[-1]:.2f} %."
+    return _finish(figure)
 
 
 def plot_schedule(configs):
     """Plot the learning rate over training of each recipe in `configs`, {name: Config}."""
     figure, ax = _axes("Learning rate over training", "epoch", "learning rate")
     described = []
-    for (name, config), color, style in zip(configs.items(), (ORANGE, BLUE, GREEN), ("--", "-", ":"), strict=False):
+    for number, (name, config) in enumerate(configs.items()):
+        # Four styles, then the same with a marker.
+        look = {"color": (ORANGE, BLUE, GREEN, SKY)[number % 4], "linestyle": ("--", "-", ":", "-.")[number % 4]}
+        look |= {"marker": ["", *"os^vD*P"][number // 4 % 8], "markevery": 40}
         epochs = np.linspace(0, config.epochs, 401)
         rates = [config.lr_at(config.progress(done)) for done in epochs]
-        label = f"{name} (peak: {config.lr:.4g})"
-        ax.plot(epochs, rates, style, color=color, linewidth=2, label=label)
+        ax.plot(epochs, rates, linewidth=2, label=_legend_label(f"{_short(name, 60)} (peak: {config.lr:.4g})"), **look)
         described.append(f"{name}: {rates[0]:.3g} at first, {max(rates):.3g} at most, {rates[-1]:.3g} at the end")
     ax.set_ylim(bottom=0)
     ax.legend()
     figure.caption = f"Learning rates. {'; '.join(described)}."
-    return figure
+    return _finish(figure)
 
 
 def plot_runs(runs):
@@ -157,7 +217,7 @@ def plot_runs(runs):
     runs: from `records.read_runs`. Runs that differ in the seed only have one colour and line style. Minutes are
     compared between runs on the same device only: those of the device with the most runs are shown.
     """
-    labels = [fill(run["label"], 110) for run in runs]
+    labels = [_legend_label(fill(_drawable(run["label"]), 110)) for run in runs]
     rows = sum(label.count("\n") + 1 for label in labels)
     figure = CaptionedFigure(figsize=(9, 3.6 + 0.2 * rows), layout="constrained")  # room for the legend
     by_epochs, by_minutes = figure.subplots(1, 2, sharey=True)
@@ -175,7 +235,7 @@ def plot_runs(runs):
     figure.suptitle("Test accuracy of runs" + (", some on the synthetic stand-in, NOT CIFAR-10" if synthetic else ""))
     by_epochs.set(xlabel="epoch", ylabel="test accuracy (%)")
     by_epochs.xaxis.get_major_locator().set_params(integer=True)
-    by_minutes.set(xlabel=f"minutes on {devices[0]}" if runs else "minutes")
+    by_minutes.set(xlabel=fill(_drawable(f"minutes on {devices[0]}"), 60) if runs else "minutes")
     for ax in (by_epochs, by_minutes):
         ax.grid(alpha=0.3)
     if runs:
@@ -186,11 +246,11 @@ def plot_runs(runs):
     figure.caption = "There are no finished runs yet."
     if best:
         figure.caption = (
-            f"Test accuracy of {len(runs)} {'run' if len(runs) == 1 else 'runs'}. "
+            f"Test accuracy of {plural(len(runs), 'run')}. "
             f"The highest last one is {best['history']['test_accuracy'][-1]:.2f} %: {best['label']}. "
             f"Right: only runs on {devices[0]}."
         )
-    return figure
+    return _finish(figure)
 
 
 def plot_lr_range(result, source):
@@ -199,27 +259,36 @@ def plot_lr_range(result, source):
     result: from `lr_range_test`.
     """
     figure, ax = _axes(f"Learning rate range test: {source}", "learning rate", "mean negative log-likelihood")
-    ax.plot(result.lr, result.loss, color=BLUE, linewidth=2, label="smoothed training loss")
-    label = f"suggestion: {result.suggestion:.2g}"
-    ax.axvline(result.suggestion, color=ORANGE, linestyle="--", linewidth=2, label=label)
+    marker = "o" if len(result.lr) == 1 else ""
+    ax.plot(result.lr, result.loss, color=BLUE, linewidth=2, marker=marker, label="smoothed training loss")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")  # exponents of powers of ten would be too small to read
     low, high = min(result.loss), result.loss[0]
-    ax.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low) + 0.1)
+    if result.suggestion is None:
+        figure.caption = (
+            f"There is no suggestion: the loss never falls below its first value, {high:.2f}, at a learning rate of "
+            f"{result.lr[0]:.2g}. Check the labels, start with new weights, or call lr_range_test with a smaller start."
+        )
+        ax.set_title(f"{ax.get_title()}\nno suggestion: the loss never falls", fontsize=12)
+    else:
+        label = f"suggestion: {result.suggestion:.2g}"
+        ax.axvline(result.suggestion, color=ORANGE, linestyle="--", linewidth=2, label=label)
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low) + 0.1)
+        lowest = result.lr[int(np.argmin(result.loss))]
+        figure.caption = (
+            f"The loss falls from {high:.2f} to its minimum, {low:.2f}, at a learning rate of {lowest:.2g}. "
+            f"The suggestion, in the middle of the longest valley, is {result.suggestion:.2g}."
+        )
     ax.legend()
-    lowest = result.lr[int(np.argmin(result.loss))]
-    figure.caption = (
-        f"The loss falls from {high:.2f} to its minimum, {low:.2f}, at a learning rate of {lowest:.2g}. "
-        f"The suggestion, in the middle of the longest valley, is {result.suggestion:.2g}."
-        + (f" Above {result.lr[-1]:.2g} training diverged." if result.diverged else "")
-    )
-    return figure
+    if result.diverged:
+        figure.caption += f" Above {result.lr[-1]:.2g} training diverged."
+    return _finish(figure)
 
 
 def plot_training(history, source):
     """Plot the difference of training and test accuracy, the learning rate and the seconds of each epoch."""
     figure = CaptionedFigure(figsize=(9, 3.2), layout="constrained")
-    figure.suptitle(f"Training: {source}", fontsize=12)
+    _title(figure, f"Training: {source}")
     gap = [a - b for a, b in zip(history["train_accuracy"], history["test_accuracy"], strict=True)]
     seconds = history["seconds"]
     curves = {
@@ -241,7 +310,7 @@ def plot_training(history, source):
             f"Train minus test accuracy: {gap[0]:.2f} points in the first epoch, {gap[-1]:.2f} in the last. Median "
             f"time of an epoch: {statistics.median(seconds):.3g} s ({min(seconds):.3g} to {max(seconds):.3g} s)."
         )
-    return figure
+    return _finish(figure)
 
 
 # -- error analysis ------------------------------------------------------------------------------------------------
@@ -252,28 +321,37 @@ def plot_confusion(confusion, pairs, source, names=CLASSES):
 
     confusion: int64 (C, C), from `confusion_matrix`. pairs: from `most_confused`.
     """
-    figure = CaptionedFigure(figsize=(9, 5.2), layout="constrained")
-    figure.suptitle(f"Confusion matrix, percent of each actual class: {source}", fontsize=12)
-    ax, side = figure.subplots(1, 2, width_ratios=[5, 2])
+    n = len(confusion)
+    written = n <= 20  # more numbers of 9 points would not fit
+    height = max(5.2, 0.4 * n) if written else 2 + max(6, 0.17 * n)
+    figure = CaptionedFigure(figsize=(height + 3.8, height), layout="constrained")
+    _title(figure, f"Confusion matrix, percent of each actual class: {source}")
+    ax, side = figure.subplots(1, 2, width_ratios=[height, 2.1])
     percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    mistakes = np.where(np.eye(len(percent), dtype=bool), np.nan, percent)  # the diagonal would dominate the colours
+    mistakes = np.where(np.eye(n, dtype=bool), np.nan, percent)  # the diagonal would dominate the colours
     highest = max(np.nanmax(mistakes), 1e-9)
-    ax.imshow(mistakes, cmap="Blues", vmin=0, vmax=highest)
-    for (row, column), value in np.ndenumerate(percent):
-        color = "white" if mistakes[row, column] > 0.6 * highest else "black"
-        weight = "bold" if row == column else "normal"
-        ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9, color=color, fontweight=weight)
-    ax.set_xticks(range(len(percent)), names[: len(percent)], rotation=45, ha="right")
-    ax.set_yticks(range(len(percent)), names[: len(percent)])
+    colours = ax.imshow(mistakes, cmap="Blues", vmin=0, vmax=highest)
+    if written:
+        for (row, column), value in np.ndenumerate(percent):
+            color = "white" if mistakes[row, column] > 0.6 * highest else "black"
+            look = {"color": color, "fontweight": "bold" if row == column else "normal", "fontsize": 9}
+            ax.text(column, row, f"{value:.{1 if n <= 10 else 0}f}", ha="center", va="center", **look)
+    else:
+        figure.colorbar(
+            colours, ax=ax, label="percent of the actual class, mistakes only", location="bottom", shrink=0.5
+        )
+    shown = [_short(name, 14) for name in names[:n]]
+    ax.set_xticks(range(n), shown, rotation=45 if written else 90, ha="right" if written else "center")
+    ax.set_yticks(range(n), shown)
     ax.set_xlabel("predicted")
     ax.set_ylabel("actual")
     side.set_axis_off()
-    lines = [f"{pair.count:>3}  {pair.actual} as {pair.predicted}" for pair in pairs]
+    lines = [f"{pair.count:>3}  {_short(pair.actual, 14)} as {_short(pair.predicted, 14)}" for pair in pairs]
     text = "\n".join(["most confused (images)", *lines] if lines else ["no mistakes"])
     side.text(0, 1, text, transform=side.transAxes, va="top", fontsize=10, linespacing=1.6)
-    worst = [f"{pair.actual} predicted as {pair.predicted} ({pair.count} images)" for pair in pairs[:3]]
+    worst = [f"{pair.actual} predicted as {pair.predicted} ({plural(pair.count, 'image')})" for pair in pairs[:3]]
     figure.caption = f"Most frequent confusions: {', '.join(worst)}." if worst else "There are no mistakes."
-    return figure
+    return _finish(figure)
 
 
 def plot_class_accuracy(result, source, names=CLASSES):
@@ -281,15 +359,17 @@ def plot_class_accuracy(result, source, names=CLASSES):
 
     result: from `class_accuracy`.
     """
-    figure, ax = _axes(f"Accuracy per class with 95 % confidence interval: {source}", "accuracy (%)", "")
+    title, height = f"Accuracy per class with 95 % confidence interval: {source}", max(4, 0.2 * len(result.accuracy))
+    figure, ax = _axes(title, "accuracy (%)", "", height)
     order = np.argsort(result.accuracy)
     order = order[~np.isnan(result.accuracy[order])]  # without absent classes
     accuracy, low, high = (values[order] for values in result)
     ax.errorbar(accuracy, range(len(order)), xerr=[accuracy - low, high - accuracy], fmt="o", color=BLUE, capsize=4)
-    ax.set_yticks(range(len(order)), [f"{names[i]}  {result.accuracy[i]:.1f}" for i in order])
+    ax.set_yticks(range(len(order)), [f"{_short(names[i])}  {result.accuracy[i]:.1f}" for i in order])
+    ax.set_ylim(-0.7, len(order) - 0.3)
     ends = [f"{names[order[k]]}, {accuracy[k]:.1f} % ({low[k]:.1f} to {high[k]:.1f})" for k in (0, -1)]
     figure.caption = f"Lowest accuracy: {ends[0]}. Highest accuracy: {ends[1]}."
-    return figure
+    return _finish(figure)
 
 
 def plot_calibration(result, source):
@@ -298,7 +378,7 @@ def plot_calibration(result, source):
     result: from `calibration`.
     """
     figure = CaptionedFigure(figsize=(9, 5), layout="constrained")
-    figure.suptitle(f"Calibration: {source}", fontsize=12)
+    _title(figure, f"Calibration: {source}")
     ax, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     filled, centres = result.count > 0, (np.arange(len(result.count)) + 0.5) / len(result.count)
     ax.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="perfect calibration")
@@ -321,7 +401,7 @@ def plot_calibration(result, source):
         f"Mean confidence {means[0]:.1f} %, accuracy {means[1]:.1f} %. Expected calibration error: "
         f"{100 * result.error:.1f} points."
     )
-    return figure
+    return _finish(figure)
 
 
 class _BarsGrid:
@@ -329,7 +409,7 @@ class _BarsGrid:
 
     def __init__(self, rows, columns, title, caption_height):
         self.figure = CaptionedFigure(figsize=(9, rows * (1.05 + caption_height) + 0.4), layout="constrained")
-        self.figure.suptitle(title, fontsize=12)
+        _title(self.figure, title)
         axes = self.figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.15] * columns)
         for number, ax in enumerate(axes.flat):
             ax.set_axis_off()
@@ -340,12 +420,19 @@ class _BarsGrid:
         """Fill the next cell. marked: the class whose name is bold and whose bar alone is blue."""
         ax, side = next(self.cells)
         ax.imshow(image, interpolation="nearest")
-        ax.set_title(caption, fontsize=9, pad=3, loc="left", parse_math=False)
+        ax.set_title(caption, fontsize=9, pad=3, loc="left")
         side.barh(
             range(len(names)), probabilities, color=[SKY if marked in (None, n) else ORANGE for n in names], height=0.85
         )
         for place, name in enumerate(names):
-            side.text(0.03, place, name, va="center", fontsize=9, fontweight="bold" if name == marked else "normal")
+            side.text(
+                0.03,
+                place,
+                _short(name, 18),
+                va="center",
+                fontsize=9,
+                fontweight="bold" if name == marked else "normal",
+            )
         side.set_xlim(0, 1)
         side.set_ylim(len(names) - 0.5, -0.5)
 
@@ -359,18 +446,18 @@ def plot_misclassified(split, mistakes, rows=4, columns=4, which=None, names=CLA
     n = len(mistakes.index)
     title = f"{n:,} of {len(split):,} misclassified ({100 * n / len(split):.1f} %): {split.source}"
     if which:
-        title = f"{which}, {n:,} image{'s' if n != 1 else ''}: {split.source}"
+        title = f"{which}, {plural(n, 'image')}: {split.source}"
     grid, described = _BarsGrid(rows, columns, title, caption_height=0.36), []
     for index, probabilities in list(zip(*mistakes, strict=True))[: rows * columns]:
         top, actual = np.argsort(-probabilities, kind="stable")[:3], names[split.labels[index]]
         predicted, confidence = names[top[0]], 100 * probabilities[top[0]]
-        caption = f"pred. {predicted}, {confidence:.0f} %\nactual {actual}"
+        caption = f"pred. {_short(predicted, 14)}, {confidence:.0f} %\nactual {_short(actual, 14)}"
         grid.add(split.images[index], caption, [names[i] for i in top], probabilities[top], marked=actual)
         described.append(f"{actual} predicted as {predicted} ({confidence:.0f} %)")
     grid.figure.caption = (
         f"Shown, row by row: {', '.join(described)}." if described else "There are no mistakes to show."
     )
-    return grid.figure
+    return _finish(grid.figure)
 
 
 def plot_predictions(predictions, source, columns=4):
@@ -382,12 +469,11 @@ def plot_predictions(predictions, source, columns=4):
     grid, described = _BarsGrid(-(-len(predictions) // columns), columns, title, caption_height=0.2), []
     for source, image, classes, probabilities in predictions:
         name = Path(source).name
-        name = name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}"
-        labels = [f"{label} {100 * p:.0f} %" for label, p in zip(classes, probabilities, strict=True)]
-        grid.add(image, name, labels, probabilities)
-        described.append(f"{name}: {labels[0]}")
+        labels = [f"{_short(label, 13)} {100 * p:.0f} %" for label, p in zip(classes, probabilities, strict=True)]
+        grid.add(image, _short(name), labels, probabilities)
+        described.append(f"{name}: {classes[0]} {100 * probabilities[0]:.0f} %")
     grid.figure.caption = f"Most probable class per file. {'; '.join(described)}."
-    return grid.figure
+    return _finish(grid.figure)
 
 
 def plot_grad_cam(pairs, source):
@@ -400,11 +486,11 @@ def plot_grad_cam(pairs, source):
     described = []
     for row, pair in zip(axes, pairs, strict=False):
         cells = [
-            (pair.right, None, f"{pair.actual}, correct"),
-            (pair.right, pair.right_cam, f"for {pair.actual}, {100 * pair.right_confidence:.0f} %"),
-            (pair.wrong, None, f"{pair.actual}, mistake"),
-            (pair.wrong, pair.wrong_cam, f"for {pair.predicted}, {100 * pair.wrong_confidence:.0f} %"),
-            (pair.wrong, pair.missed_cam, f"for {pair.actual}"),
+            (pair.right, None, f"{_short(pair.actual, 14)}, correct"),
+            (pair.right, pair.right_cam, f"for {_short(pair.actual, 14)}, {100 * pair.right_confidence:.0f} %"),
+            (pair.wrong, None, f"{_short(pair.actual, 14)}, mistake"),
+            (pair.wrong, pair.wrong_cam, f"for {_short(pair.predicted, 14)}, {100 * pair.wrong_confidence:.0f} %"),
+            (pair.wrong, pair.missed_cam, f"for {_short(pair.actual, 14)}"),
         ]
         for ax, (image, cam, caption) in zip(row, cells, strict=True):
             _show_image(ax, image, caption)
@@ -412,4 +498,4 @@ def plot_grad_cam(pairs, source):
                 ax.imshow(cam, cmap="viridis", vmin=0, vmax=1, alpha=0.55, extent=ax.images[0].get_extent())
         described.append(f"{pair.actual}, and {pair.actual} predicted as {pair.predicted}")
     figure.caption = f"Rows: {'; '.join(described)}." if described else "There are no pairs to compare."
-    return figure
+    return _finish(figure)

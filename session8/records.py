@@ -1,29 +1,40 @@
 """The identity of a run, which names its folder, and its record."""
 
+import argparse
 import hashlib
 import inspect
 import json
+import math
 import platform
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
+from types import CodeType
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from session8.checkpoint import write_file
 from session8.config import RECIPES, Config
+from session8.console import command_line, plural
 from session8.device import arithmetic, device_name
 
-# The files of the package that shape the result of a run; the network's file is added for each model.
+PACKAGE = Path(__file__).resolve().parent
+# The files that shape the result of a run; for another network, its file replaces model_AC.py.
+NETWORK = PACKAGE.parent / "model_AC.py"
 SOURCES = ("config.py", "augment.py", "loaders.py", "training.py", "trainer.py", "distributed.py")
+# Read at import: a file that is edited later is not the code that runs.
+AS_IMPORTED = {path: path.read_bytes() for path in (NETWORK, *map(PACKAGE.joinpath, SOURCES)) if path.is_file()}
+CHANGED = "changed since it was imported"  # stands in for the hash of a file whose code is not the code that runs
 
 
 # -- identity ------------------------------------------------------------------------------------------------------
@@ -94,11 +105,94 @@ def utc_now():
 
 
 def source_hashes(model):
-    """Return the SHA-256 of each source file that shapes the result: {file name: hexadecimal digits}."""
-    files = [Path(__file__).with_name(name) for name in SOURCES]
-    with suppress(OSError, TypeError):  # a class defined in a notebook cell has no file
-        files.insert(0, Path(inspect.getfile(type(model))))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    """Return the SHA-256 of each source file that shapes the result: {file name: hexadecimal digits}.
+
+    The files are those that were imported. CHANGED stands in for the hash of a file that was reloaded since, or of a
+    file of the user's whose functions differ from those in memory; constants and default values that were edited before
+    the first call are not noticed. A network that is defined in a notebook has an entry of its own, the hash of its
+    methods' source.
+    """
+    hashes, path = {}, _network_file(type(model))
+    if path is not None:
+        versions = [AS_IMPORTED[path]] if path in AS_IMPORTED else []
+        versions += [_first_seen(type(model))]  # of a network, a reloaded file is what runs
+        names = {**vars(sys.modules[type(model).__module__]), type(model).__name__: type(model)}
+        hashes[path.name] = _hash_of_running(names, path, versions)
+    else:
+        with suppress(OSError):  # code that never was in a cell
+            hashes[f"{type(model).__name__} in a notebook"] = _sha256(_source_of_methods(model))
+    for path in map(PACKAGE.joinpath, SOURCES):
+        module = sys.modules.get(f"session8.{path.stem}")
+        hashes[path.name] = _hash_of_running(vars(module) if module else {}, path, [AS_IMPORTED[path]])
+    return hashes
+
+
+def edited_sources(model):
+    """Return the names of the source files that differ on disk from the code that runs."""
+    hashes = source_hashes(model)
+    paths = [path for path in (_network_file(type(model)), *map(PACKAGE.joinpath, SOURCES)) if path and path.is_file()]
+    return [path.name for path in paths if _sha256(path.read_bytes()) != hashes[path.name]]
+
+
+def _sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def _network_file(network):
+    """Return the path of the file that defines a class; None for a notebook."""
+    file = getattr(sys.modules.get(network.__module__), "__file__", None)
+    return file and Path(file).resolve()
+
+
+@cache
+def _first_seen(network):
+    """Return the content of a class's file at the first call: a reloaded class is another one."""
+    path = _network_file(network)
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _source_of_methods(model):
+    """Return the source of all methods of a model's classes that are defined in its class's notebook, as bytes."""
+    classes = {type(module) for module in model.modules() if type(module).__module__ == type(model).__module__}
+    methods = [f for c in sorted(classes, key=lambda c: c.__name__) for f in vars(c).values() if inspect.isfunction(f)]
+    return "".join(map(inspect.getsource, methods)).encode()
+
+
+def _hash_of_running(names, path, versions):
+    """Return the hash of the first version of a file that has the functions in memory, {name: object}; or CHANGED."""
+    functions, methods, module = [], set(), names.get("__name__")
+    for value in names.values():
+        if inspect.isclass(value) and value.__module__ == module:
+            methods.update(f"{value.__qualname__}.{name}" for name in vars(value))
+            functions += [part for member in vars(value).values() for part in _functions(member)]
+        functions += _functions(value)
+    here = [f.__code__ for f in functions if f.__module__ == module]
+    running = [code for code in here if Path(code.co_filename).name == path.name]  # without a dataclass's methods
+    classes = {name.rpartition(".")[0] for name in methods}
+    methods.update(code.co_qualname for code in running)  # names that begin with __ are others in the class
+    for version_of_file in versions:
+        compiled = {}  # several code objects of one name: a property's getter and setter
+        with suppress(SyntaxError, ValueError):  # a file that is being edited
+            _collect(compile(version_of_file, path, "exec", dont_inherit=True), compiled)
+        added = {name for name in compiled if name.rpartition(".")[0] in classes and "<" not in name} - methods
+        if not added and all(code in compiled.get(code.co_qualname, ()) for code in running):
+            return _sha256(version_of_file)
+    return CHANGED
+
+
+def _functions(value):
+    """Return the Python functions in a member of a module or class: of a method, a property, a decorated function."""
+    parts = [value.fget, value.fset, value.fdel] if isinstance(value, property) else [value]
+    unwrapped = [inspect.unwrap(getattr(part, "__func__", part)) for part in parts]
+    return [function for function in unwrapped if inspect.isfunction(function)]
+
+
+def _collect(code, found):
+    """Add the code objects within a code object to {qualified name: [code object]}."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.setdefault(constant.co_qualname, []).append(constant)
+            _collect(constant, found)
 
 
 def changes(parts, now):
@@ -119,14 +213,22 @@ def package_versions():
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
+@cache  # a later `git checkout` does not change the code that runs
 def project_commit():
-    """Return the project's commit, with "-dirty" appended if files have changed; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the project's commit, with "-dirty" appended if files have changed; None outside git.
+
+    In a repository that does not track the project, such as one that a copy lies in, it is None as well.
+    """
     try:
-        folder = Path(__file__).resolve().parent
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def git(*arguments):
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 # -- the record ----------------------------------------------------------------------------------------------------
@@ -159,14 +261,44 @@ def count_parameters(model):
 
 
 def count_macs(model, size=32):
-    """Return the multiply-accumulates (MACs) of a forward pass on one (3, size, size) image.
+    """Return the multiply-accumulates (MACs) of a forward pass on one (3, size, size) image; NaN if it fails.
 
     Counts convolutions and matrix products. The model and the random states are unchanged.
     """
-    copy = deepcopy(model).cpu().eval()  # in training mode the pass would update batch norm's statistics
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy(torch.zeros(1, 3, size, size))
+    mkldnn = torch.backends.mkldnn.enabled
+    try:
+        copy = deepcopy(model).cpu().eval()  # in training mode the pass would update batch norm's statistics
+        # Fused kernels, such as oneDNN's LSTM, are not counted. With gradients, attention has none.
+        torch.backends.mkldnn.enabled = False
+        counter = FlopCounterMode(display=False)
+        with torch.random.fork_rng([]), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            copy(torch.zeros(1, 3, size, size))
+    except Exception:  # a network may raise any
+        return math.nan
+    finally:
+        torch.backends.mkldnn.enabled = mkldnn
     return counter.get_total_flops() // 2
+
+
+def print_summary(model, size=32):
+    """Print a table of the layers for a (3, size, size) image, and the multiply-accumulates (MACs) of one.
+
+    For a network that torchsummary cannot show, print why not, and the number of parameters. The model and the random
+    states are unchanged.
+    """
+    table = StringIO()
+    try:
+        from torchsummary import summary  # needed here only
+
+        with torch.random.fork_rng([]), redirect_stdout(table):
+            summary(deepcopy(model).cpu(), (3, size, size), device="cpu")
+        print(table.getvalue(), end="")
+    except Exception as error:  # a network may raise any
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"torchsummary cannot show {type(model).__name__} ({reason}).\nParameters: {count_parameters(model):,}")
+    macs = count_macs(model, size)
+    counted = "cannot be counted" if math.isnan(macs) else f"{macs / 1e6:.3g} million per image"
+    print(f"Multiply-accumulates (MACs): {counted}")
 
 
 def training_pflop(model, config, n_train, epochs):
@@ -187,7 +319,7 @@ def write_record(path, model, train_split, test_split, config, history, device, 
 
     Fields:
         model, width, parameters, macs: class name and size of the network; MACs are per image of 32 by 32 pixels.
-        pflop: the operations of training, from `training_pflop`.
+        pflop: the operations of training, from `training_pflop`. It and macs are None if they cannot be counted.
         data, data_fingerprint, n_train, n_test: the source of the images, which says if they are synthetic.
         config, batch_size: the recipe, and the batch size on the device.
         history: as returned by `fit`; accuracies in percent, seconds per epoch.
@@ -199,12 +331,13 @@ def write_record(path, model, train_split, test_split, config, history, device, 
             has one entry per process.
     """
     parts = history.get("parts") or [environment(model, config, device)]
+    macs, pflop = count_macs(model), training_pflop(model, config, len(train_split), len(history["seconds"]))
     record = {
         "model": type(model).__name__,
         "width": getattr(model, "width", None),
         "parameters": count_parameters(model),
-        "macs": count_macs(model),
-        "pflop": round(training_pflop(model, config, len(train_split), len(history["seconds"])), 6),
+        "macs": None if math.isnan(macs) else macs,  # JSON has no NaN
+        "pflop": None if math.isnan(pflop) else round(pflop, 6),
         "data": test_split.source,
         "data_fingerprint": data_fingerprint(train_split, test_split),
         "n_train": len(train_split),
@@ -241,9 +374,9 @@ def describe_record(record):
         f"{history[name][-1]:.2f} %" if history[name] else "none" for name in ("train_accuracy", "test_accuracy")
     )
     processes = record.get("world_size", 1)
-    device = record["device"] if processes == 1 else f"{processes} processes, {record['device']}"
+    device = record["device"] if processes == 1 else f"{plural(processes, 'process')}, {record['device']}"
     return (
-        f"{len(history['seconds'])} of {record['config']['epochs']} epochs on {record['data']}, {device}, "
+        f"{len(history['seconds'])} of {plural(record['config']['epochs'], 'epoch')} on {record['data']}, {device}, "
         f"in {record['seconds'] / 60:.1f} minutes: train {train}, test {test}"
     )
 
@@ -358,8 +491,16 @@ def runs_table(runs):
     return "\n".join(lines) if runs else "There are no finished runs yet."
 
 
+def main(arguments=None):
+    """Print the runs in a folder as a table."""
+    parser = argparse.ArgumentParser(prog="python -m session8.records", description="Show runs side by side.")
+    parser.add_argument("folder", nargs="?", help="folder of the runs' folders; runs if omitted")
+    with command_line():
+        folder = parser.parse_args(arguments).folder
+        if folder and not Path(folder).is_dir():
+            sys.exit(f"'{folder}' is not a folder; give one that holds the folders of runs, for instance runs")
+        print(runs_table(read_runs(folder or "runs")))
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    if len(sys.argv) > 1 and not folder.is_dir():
-        sys.exit(f"'{folder}' is not a folder; give one that holds the folders of runs, for instance runs")
-    print(runs_table(read_runs(folder)))
+    main()

@@ -16,10 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from session8 import distributed
 from session8.augment import train_transforms
 from session8.checkpoint import CheckpointError, Checkpoints, differences, rng_state, set_rng_state
+from session8.console import plural
 from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
 from session8.loaders import make_loader
 from session8.records import (
     changes,
+    edited_sources,
     environment,
     epoch_line,
     print_history,
@@ -319,7 +321,10 @@ def _train_to_the_end(trainer, checkpoints, folder):
             save_if_due()
     except KeyboardInterrupt:
         trainer.load_state_dict(trainer.snapshot)
-        print(f"\nInterrupted: history and weights are those after {trainer.epochs_done:.4g} epochs.", flush=True)
+        print(
+            f"\nInterrupted: history and weights are those after {plural(trainer.epochs_done, 'epoch', '.4g')}.",
+            flush=True,
+        )
     except RuntimeError as error:
         if trainer.world_size > 1:
             error.add_note(
@@ -364,12 +369,16 @@ def _load_checkpoints(folder, identity, seconds):
 
 
 def _header(trainer, train_split, test_split):
-    sizes = f"{len(train_split):,} images, {len(test_split):,} test images"
+    sizes = f"{plural(len(train_split), 'image')}, {plural(len(test_split), 'test image')}"
     computed = f"{arithmetic(trainer.config.precision, trainer.device)} on {trainer.device.type}"
     header = (
-        f"Training on {train_split.source}: {sizes}; {trainer.config.epochs} epochs, {computed}, "
+        f"Training on {train_split.source}: {sizes}; {plural(trainer.config.epochs, 'epoch')}, {computed}, "
         f"augmentation {trainer.train_loader.augmentation}"
     )
+    if edited := edited_sources(trainer.model):
+        header += (
+            f"\nChanged since the import: {', '.join(edited)}. The code in memory trains; restart to use the files."
+        )
     if trainer.world_size > 1:
         on_cuda = "Batch norm is synchronised"
         on_cpu = "Batch norm uses each process's share; the running statistics are rank 0's"
@@ -387,7 +396,8 @@ def _start_message(trainer):
 
 def _resume_message(trainer, folder, state, given):
     epochs, changed = trainer.config.epochs, changes(trainer.history["parts"], trainer.environment())
-    message = f"Resuming from '{folder}', saved {state['saved']}: {trainer.epochs_done:.4g} of {epochs} epochs done."
+    done = f"{trainer.epochs_done:.4g} of {plural(epochs, 'epoch')}"
+    message = f"Resuming from '{folder}', saved {state['saved']}: {done} done."
     if trainer.epoch == epochs:
         message = f"This run is finished, saved {state['saved']} in '{folder}'; its log follows."
     elif len(state["rng"]) != trainer.world_size:

@@ -240,7 +240,7 @@ def test_bad_input_on_the_command_line(tmp_path):
         (["--rounds", 0], "argument --rounds: '0' is not an integer of at least 1"),
         (["--device", "gpu"], "device is 'gpu', which is unknown; available: "),
         (["--data", tmp_path / "nowhere"], "nowhere"),
-        (["--data", tmp_path], "128 training images are needed, but 'CIFAR-10"),
+        (["--data", tmp_path], "128 training images needed, but 'CIFAR-10"),
         (["--data", tmp_path, "--batch-size", 8, "--save"], "--save needs all 50,000"),
     ):
         done = run_command("train_step", *options)

@@ -134,7 +134,7 @@ def test_rank_0_alone_prints_and_says_how_the_work_is_shared(group):
 def test_the_history_names_the_number_of_processes_and_each_device(group):
     (part,) = group[0]["unbroken"]["history"]["parts"]
     assert part["world_size"] == len(part["devices"]) == len(group)
-    assert all("1 threads" in device for device in part["devices"])
+    assert all(", 1 thread," in device for device in part["devices"])
 
 
 def test_what_the_ranks_tell_each_other(group):
@@ -208,7 +208,7 @@ def test_fault_full_folder_is_reported_and_every_rank_goes_on(group):
         ("folder", "rank {last} of {n}: CheckpointError: '.*' is not the folder of rank 0: use one that all"),
         ("folder or none", "rank {last} differs from rank 0: checkpoint_dir given was True and is False"),
         ("file", "rank {last} of {n}: CheckpointError: '.*' is not the folder of rank 0"),
-        ("too many", "rank 0 of {n}: ValueError: {n} processes share the last batch of 1 images: use at most 1"),
+        ("too many", "rank 0 of {n}: ValueError: {n} processes share the last batch of 1 image: use at most 1"),
         ("arithmetic", "rank {last} differs from rank 0: arithmetic was 'float32' and is 'bfloat16'"),
         ("checkpoint", "rank {last} differs from rank 0: checkpoint was "),
         ("device", "rank {last} of {n}: ValueError: device is 'cuda:7', which is not available"),

@@ -39,6 +39,15 @@ def saved(tmp_path, images):
     return tmp_path / "weights.safetensors", accuracies
 
 
+def test_a_wrong_option_has_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "__doc__", None)  # as with python -OO
+    for arguments in (["weights", "--device", "tpu"], ["weights", "--views", "3"], []):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+    assert "error: device is 'tpu', which is unknown; available: " in capsys.readouterr().err
+
+
 def test_saved_weights_have_the_accuracies_that_they_had(saved, images, capsys):
     path, accuracies = saved
     assert evaluate(path, images, "cpu") == (accuracies, accuracies)
@@ -68,7 +77,6 @@ def test_weights_without_stated_accuracies(tmp_path, images, capsys):
     [
         (["missing.safetensors"], "'missing.safetensors' does not exist"),
         (["{weights}", "--data", "nowhere"], "nowhere"),
-        (["{weights}", "--data", "{images}", "--device", "tpu"], "device is 'tpu'"),
         (["{damaged}", "--data", "{images}"], "is not a safetensors file, or is damaged"),
         (["{newer}", "--data", "{images}"], "states a recipe that this version cannot read"),
     ],

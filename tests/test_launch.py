@@ -42,7 +42,8 @@ def test_the_command_passes_every_change_of_the_recipe(recipe, field):
     assert options.data == os.path.abspath("a folder") and options.expect_folder == os.path.abspath("runs/1234")
 
 
-def test_the_output_appears_as_it_is_written(capfd):
+def test_the_output_appears_as_it_is_written(capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     program = (
         "import sys, time\nfor k in range(3):\n  sys.stdout.write(f'\\r{k} █'); sys.stdout.flush(); time.sleep(0.4)\n"
         "print(); print('to standard error', file=sys.stderr)"

@@ -128,24 +128,30 @@ def test_range_test_agrees_with_a_sweep_by_hand(synthetic):
 
 
 def longest_decreasing(losses):
-    """Return the length of the longest decreasing subsequence that ends at each index, by trying all of them."""
-    return [
-        max(
-            len(chosen)
-            for size in range(1, end + 2)
-            for chosen in combinations(losses[: end + 1], size)
-            if chosen[-1] == losses[end] and all(a > b for a, b in pairwise(chosen))
-        )
-        for end in range(len(losses))
-    ]
+    """Return the indices of the longest decreasing subsequence, by trying all; of several, the earliest."""
+    for size in range(len(losses), 0, -1):
+        found = [
+            c for c in combinations(range(len(losses)), size) if all(losses[i] > losses[j] for i, j in pairwise(c))
+        ]
+        if found:
+            return min(found, key=lambda indices: indices[::-1])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_suggestion_is_the_middle_of_the_longest_valley(seed):
-    losses = np.random.default_rng(seed).permutation(10).tolist()
-    lengths = longest_decreasing(losses)
-    end = lengths.index(max(lengths))
-    assert _valley(losses) == end - max(lengths) // 2
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [5, 9, 9, 9, 9, 4, 9, 9, 9, 3],  # its points are far apart
+        [9, 1, 9, 9, 8, 9, 9, 7, 9, 9, 9, 6],
+        [3, 2, 1, 9, 8, 7],  # two of one length
+        [2, 2, 1, 1],  # equal losses
+        [1, 2, 3],
+        *np.random.default_rng(0).integers(0, 6, (10, 9)).tolist(),
+        *np.random.default_rng(1).normal(size=(5, 10)).tolist(),
+    ],
+)
+def test_suggestion_is_the_middle_of_the_longest_valley(losses):
+    indices = longest_decreasing(losses)
+    assert _valley(losses) == indices[::-1][len(indices) // 2]
 
 
 def test_suggestion_ignores_a_plateau_and_the_divergence_at_the_end():
@@ -178,9 +184,10 @@ def test_range_test_without_a_finite_loss(synthetic):
         lr_range_test(model, synthetic[0], EXACT, CPU)
 
 
-def test_range_test_whose_loss_never_falls(synthetic):
-    with pytest.raises(ValueError, match="the loss never fell below its first value, at 1000: use a smaller start"):
-        lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, start=1e3, end=1e5)
+@pytest.mark.parametrize("steps, start, end", [(200, 1e3, 1e5), (2, 1e-4, 1e30)])
+def test_range_test_whose_loss_never_falls_has_no_suggestion(steps, start, end, synthetic):
+    result = lr_range_test(small_network(), synthetic[0], Config(batch_size=50), CPU, start, end, steps)
+    assert result.suggestion is None and min(result.loss) == result.loss[0] and len(result.lr) == len(result.loss)
 
 
 def test_range_test_is_the_same_each_time(synthetic):

@@ -2,11 +2,15 @@
 
 import base64
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from PIL import Image
 
@@ -14,7 +18,7 @@ from session8 import plots
 from session8.analysis import CamPair, Misclassified, calibration, class_accuracy, confusion_matrix, most_confused
 from session8.augment import augment
 from session8.config import Config
-from session8.data import CLASSES, synthetic_cifar10
+from session8.data import CLASSES, Split, synthetic_cifar10
 from session8.inference import Prediction
 from session8.lr_finder import LRRange
 
@@ -99,7 +103,7 @@ def test_the_legend_of_many_runs_with_long_labels_stays_in_the_figure():
     assert all(ax.get_window_extent().height > 0.25 * size.height for ax in figure.axes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def every_figure(split, mistakes, logits, cams):
     confusion = confusion_matrix(logits, split.labels)
     return {
@@ -117,6 +121,76 @@ def every_figure(split, mistakes, logits, cams):
         "runs": plots.plot_runs(RUNS),
         "predictions": plots.plot_predictions([Prediction("one.png", split.images[0], ["cat"], [0.8])], split.source),
     }
+
+
+@pytest.fixture
+def font_with_a_cat(tmp_path):
+    """Install a font that has one character, the Chinese for cat."""
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord("猫"): "cat"})
+    pen = TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
+        pen.lineTo(point) if number else pen.moveTo(point)
+    pen.closePath()
+    glyph = pen.glyph()
+    font.setupGlyf({".notdef": glyph, "cat": glyph})
+    font.setupHorizontalMetrics({name: (900, 0) for name in (".notdef", "cat")})
+    font.setupHorizontalHeader(ascent=800, descent=0)
+    font.setupNameTable({"familyName": "Only Cats", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "cats.ttf")
+    before = list(fontManager.ttflist)
+    fontManager.addfont(tmp_path / "cats.ttf")
+    plots._font_with.cache_clear()
+    yield
+    fontManager.ttflist[:] = before
+    plots._font_with.cache_clear()
+
+
+ODD = ("猫", "개", "$a_b$", "_under", "قط", r"$\frac{", "😀", "tab\tnew\nline", "\udce9", "a" * 70)
+
+
+def figures_of_odd_names(split, mistakes, cams, monkeypatch):
+    """Return every figure that draws names, with odd names of classes, files, data, recipes, runs and devices."""
+    monkeypatch.setattr(plots, "CLASSES", ODD)
+    source = "/a $folder$ of_猫" * 9
+    split = Split(split.images, split.labels, source)
+    confusion = np.ones((10, 10), int)
+    return {
+        "samples": plots.plot_samples(split),
+        "loss": plots.plot_loss(HISTORY, source),
+        "training": plots.plot_training(HISTORY, source),
+        "confusion": plots.plot_confusion(confusion, most_confused(confusion, names=ODD), source, ODD),
+        "class accuracy": plots.plot_class_accuracy(class_accuracy(confusion), source, ODD),
+        "misclassified": plots.plot_misclassified(split, mistakes, names=ODD),
+        "Grad-CAM": plots.plot_grad_cam([cams[0]._replace(actual=name, predicted=name) for name in ODD], source),
+        "runs": plots.plot_runs([{**RUNS[0], "label": name, "device": name} for name in ODD]),
+        "schedules": plots.plot_schedule({name: Config() for name in ODD}),
+        "predictions": plots.plot_predictions([Prediction(n, split.images[0], [n], [0.8]) for n in ODD], source),
+    }
+
+
+def test_figures_draw_any_name(split, mistakes, cams, monkeypatch):
+    """A warning, such as that of a missing glyph, and mathematics that cannot be parsed are errors here."""
+    for name, figure in figures_of_odd_names(split, mistakes, cams, monkeypatch).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+        width, height = Image.open(buffer).size
+        assert width < 1400 and height < 3000, name
+        figure.caption.encode()
+    shown = [text.get_text() for text in plots.plot_schedule({n: Config() for n in ODD}).axes[0].get_legend().texts]
+    assert len(shown) == len(ODD)
+    assert [text.removesuffix(" (peak: 0.01)") for text in shown[:4]] == [r"\u732b", r"\uac1c", "$a_b$", " _under"]
+
+
+def test_a_font_that_has_the_characters_is_used(font_with_a_cat, split):
+    figure = plots.plot_predictions([Prediction("猫.png", split.images[0], ["猫 개"], [0.8])], "猫")
+    figure.savefig(io.BytesIO(), format="png")
+    assert figure.axes[0].get_title(loc="left") == "猫.png" and title(figure) == "Predictions: 猫"
+    (label,) = figure.axes[1].texts
+    assert label.get_text() == r"猫 \uac1c 80 %" and label.get_fontfamily()[-1] == "Only Cats"
 
 
 def test_every_title_names_the_source(every_figure):
@@ -264,6 +338,23 @@ def test_schedule_shows_the_rate_at_every_moment():
     ]
 
 
+def test_every_schedule_is_shown():
+    configs = {f"recipe {number}": Config(lr=0.01 * (number + 1)) for number in range(9)}
+    figure = plots.plot_schedule(configs)
+    (ax,) = figure.axes
+    assert [line.get_ydata()[0] for line in ax.lines] == [config.lr for config in configs.values()]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 9
+    assert all(name in figure.caption for name in configs)
+
+
+def test_range_test_without_a_suggestion_says_why():
+    figure = plots.plot_lr_range(LRRange([0.001, 0.01], [2.3, 2.4], None, diverged=False), "source")
+    (ax,) = figure.axes
+    assert len(ax.lines) == 1 and "no suggestion: the loss never falls" in ax.get_title()
+    assert figure.caption.startswith("There is no suggestion: the loss never falls below its first value, 2.30, at")
+    assert "call lr_range_test with a smaller start" in figure.caption
+
+
 def test_range_test_is_plotted_with_the_suggested_rate_marked():
     (ax,) = plots.plot_lr_range(RANGE, "source").axes
     curve, suggested = ax.lines
@@ -339,6 +430,20 @@ def test_confusion_shows_percent_of_each_row_and_the_pairs(split, logits):
     assert np.isnan(np.diag(matrix.images[0].get_array().filled(np.nan))).all()  # hits are not coloured
     assert f"{pairs[0].count}  {pairs[0].actual} as {pairs[0].predicted}" in side.texts[0].get_text()
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted", "actual")
+
+
+@pytest.mark.parametrize("n, written", [(2, True), (20, True), (21, False), (100, False)])
+def test_texts_of_a_confusion_matrix_do_not_overlap(n, written):
+    confusion = np.full((n, n), 10) + np.diag(np.full(n, 1000))
+    names = [f"a class {index}" for index in range(n)]
+    figure = plots.plot_confusion(confusion, most_confused(confusion, names=names), "source", names)
+    figure.draw_without_rendering()
+    matrix = figure.axes[0]
+    rows = [label.get_window_extent() for label in matrix.get_yticklabels()]
+    assert len(rows) == n and all(above.y0 > below.y1 - 3 for above, below in pairwise(rows))  # 3: descenders
+    numbers = [text.get_window_extent() for text in matrix.texts[:n]]
+    assert len(matrix.texts) == (n * n if written else 0)
+    assert all(left.x1 < right.x0 for left, right in pairwise(numbers))
 
 
 def test_confusion_without_mistakes():

@@ -1,17 +1,23 @@
 """The identity of a run, its environment and its record."""
 
 import hashlib
+import importlib
+import itertools
 import json
+import linecache
+import math
 import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import albumentations as A
 import pytest
 import torch
+import torchvision
 from networks import Linear, small_network
 from torch import nn
 
@@ -94,10 +100,187 @@ def test_source_hashes_are_of_the_files_that_shape_the_result(monkeypatch, tmp_p
         assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_a_network_from_a_notebook_cell_has_no_file():
-    namespace = {"nn": nn, "__name__": "__main__"}
-    exec("class InACell(nn.Linear):\n    pass", namespace)
-    assert set(source_hashes(namespace["InACell"](1, 1))) >= {"config.py", "training.py"}
+def edited(monkeypatch, name):
+    """Have a file seem to be edited on disk."""
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == name else b""))
+
+
+@pytest.mark.parametrize("name", ["augment.py", "trainer.py", "model_AC.py"])
+def test_source_hashes_are_of_the_files_as_they_were_imported(name, monkeypatch, synthetic, capsys):
+    before = source_hashes(small_network())
+    edited(monkeypatch, name)
+    assert source_hashes(small_network()) == before
+    history = fit(small_network(), *synthetic, Config(epochs=1, batch_size=100), "cpu")
+    assert history["parts"][0]["sources"] == before
+    assert f"Changed since the import: {name}. The code in memory trains; restart" in capsys.readouterr().out
+
+
+def test_a_module_that_was_reloaded_after_a_change_has_no_hash(monkeypatch):
+    path = records.PACKAGE / "augment.py"
+    monkeypatch.setitem(records.AS_IMPORTED, path, path.read_bytes().replace(b"def normalize(", b"def normalise("))
+    hashes = source_hashes(small_network())
+    assert hashes["augment.py"] == records.CHANGED and hashes["loaders.py"] != records.CHANGED
+
+
+NETWORK = """
+import functools
+from torch import nn
+
+def scale(x):
+    return 2 * x
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3072, 10)
+
+    def __hidden(self):
+        return 1
+
+class Network(Base):
+    @property
+    def depth(self):
+        return 1
+
+    @functools.lru_cache
+    def cached(self):
+        return 1
+
+    def forward(self, x):
+        return scale(self.head(x.flatten(1)))
+"""
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """Return (module, path) of a network in a file of the user's."""
+    path = tmp_path / "user_network.py"
+    path.write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # edits within a second would not be noticed
+    yield importlib.import_module("user_network"), path
+    del sys.modules["user_network"]
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ("", "", True),
+        ("2 * x", "2 * x  # a comment", True),
+        ("2 * x", "3 * x", False),
+        ("return 1\n\n    @functools", "return 2\n\n    @functools", False),
+        ("flatten(1)", "flatten(1).relu()", False),
+        ("3072, 10", "3072, 11", False),
+        (
+            "lru_cache\n    def cached(self):\n        return 1",
+            "lru_cache\n    def cached(self):\n        return 2",
+            False,
+        ),
+        ("class Network(Base):\n", "class Network(Base):\n    def extra_repr(self): return ''\n", False),
+        ("    def __hidden(self):\n        return 1\n", "", False),
+        (NETWORK, "", False),
+        (NETWORK, "class Unfinished(", False),
+    ],
+)
+def test_a_file_that_was_edited_since_it_was_imported_has_no_hash(old, new, same, network):
+    module, path = network
+    model = module.Network()
+    model(torch.zeros(1, 3072))
+    path.write_text(NETWORK.replace(old, new))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source_hashes(model)["user_network.py"] == (digest if same else records.CHANGED)
+    assert records.edited_sources(model) == ([] if same else ["user_network.py"])
+
+
+def test_a_file_that_was_edited_since_it_was_first_seen_keeps_its_hash(network):
+    module, path = network
+    before = source_hashes(module.Network())
+    path.write_text(NETWORK.replace("def scale(x)", "def scale(x, factor=3)"))
+    assert source_hashes(module.Network()) == before
+    assert records.edited_sources(module.Network()) == ["user_network.py"]
+
+
+def test_a_network_of_a_reloaded_file_has_the_hash_of_the_new_file(network):
+    module, path = network
+    old = module.Network()
+    path.write_text(NETWORK.replace("flatten(1)", "flatten(1).relu()"))
+    importlib.reload(module)
+    assert source_hashes(module.Network())["user_network.py"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source_hashes(old)["user_network.py"] == records.CHANGED
+
+
+def test_the_code_of_libraries_has_its_hash():
+    for model in (nn.Sequential(nn.Linear(1, 1)), nn.TransformerEncoderLayer(8, 2), torchvision.models.resnet18()):
+        path = Path(sys.modules[type(model).__module__].__file__)
+        assert source_hashes(model)[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_network_from_a_notebook_has_the_hash_of_its_source(monkeypatch):
+    notebook = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    counter = itertools.count()
+
+    def run(cell):
+        name = f"<cell {next(counter)}>"
+        linecache.cache[name] = (len(cell), None, cell.splitlines(keepends=True), name)
+        exec(compile(cell, name, "exec"), vars(notebook))
+
+    def entry():
+        hashes = source_hashes(notebook.Network())
+        assert set(hashes) == {"Network in a notebook", *records.SOURCES}
+        return hashes["Network in a notebook"]
+
+    run("from torch import nn\nclass Block(nn.Module):\n  def forward(self, x):\n    return 2 * x")
+    network = "class Network(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.block = Block()\n"
+    run(network)
+    first = entry()
+    run(f"\n{network}")
+    assert entry() == first
+    run("class Block(nn.Module):\n  def forward(self, x):\n    return 3 * x")
+    assert entry() != first
+    notebook.Network.forward = eval("lambda self, x: x", vars(notebook))  # in no cell
+    assert "Network in a notebook" not in source_hashes(notebook.Network())
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Return (git, folder): a function that calls git in a repository with a copy of the package in `folder`."""
+    folder = tmp_path / "repository" / "copy" / "session8"
+    folder.mkdir(parents=True)
+    (folder / "records.py").write_text("")
+    (tmp_path / "repository" / "other.py").write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+
+    def git(*arguments):
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path / "repository", capture_output=True, text=True, check=True).stdout
+
+    git("init", "-q")
+    git("add", "other.py")
+    git("commit", "-q", "-m", "other")
+    monkeypatch.setattr(records, "PACKAGE", folder)
+    records.project_commit.cache_clear()
+    yield git, folder
+    records.project_commit.cache_clear()
+
+
+def test_a_copy_in_another_repository_has_no_commit(repository):
+    assert records.project_commit() is None
+
+
+def test_the_commit_is_that_of_the_repository_that_tracks_the_project(repository, tmp_path, monkeypatch):
+    git, folder = repository
+    git("add", "copy")
+    git("commit", "-q", "-m", "project")
+    commit = git("rev-parse", "HEAD").strip()
+    assert records.project_commit() == commit
+    git("checkout", "-q", "HEAD~")  # without a restart
+    assert records.project_commit() == commit
+    git("checkout", "-q", "-")
+    (folder / "records.py").write_text("edited")
+    records.project_commit.cache_clear()
+    assert records.project_commit() == f"{commit}-dirty"
 
 
 # -- the record ----------------------------------------------------------------------------------------------------
@@ -163,6 +346,85 @@ def test_counting_macs_changes_neither_the_model_nor_the_random_state():
     count_macs(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and model.training
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cells, self.head = kind(96, 16, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.cells(x.permute(0, 2, 3, 1).flatten(2))[0][:, -1])
+
+
+class DictOutput(Linear):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+class NoCopy(Linear):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("cannot be copied:\nit holds a lock")
+
+
+class Failing(Linear):
+    def forward(self, x):
+        raise TypeError("needs a mask")
+
+
+def vision_transformer():
+    return torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=10)
+
+
+TOKENS, WIDTH = 17, 32  # of the transformer: 16 patches and the class token
+BLOCK = TOKENS * 4 * WIDTH**2 + 2 * TOKENS**2 * WIDTH + 2 * TOKENS * WIDTH * 64
+
+
+@pytest.mark.parametrize(
+    "make, macs",
+    [
+        (vision_transformer, 3 * 64 * 16 * WIDTH + BLOCK + 10 * WIDTH),
+        (lambda: Recurrent(nn.LSTM), 32 * 4 * 16 * (96 + 16) + 160),
+        (lambda: Recurrent(nn.GRU), 32 * 3 * 16 * (96 + 16) + 160),
+        (DictOutput, 30720),
+        (NoCopy, math.nan),
+        (Failing, math.nan),
+    ],
+)
+def test_macs_of_other_networks_agree_with_a_count_by_hand(make, macs):
+    oneDNN = torch.backends.mkldnn.enabled
+    assert count_macs(make()) == pytest.approx(macs, nan_ok=True)
+    assert torch.backends.mkldnn.enabled == oneDNN
+
+
+@pytest.mark.parametrize(
+    "make, shown",
+    [
+        (AdvancedCNN, ["Conv2d-1", "Total params: 1,05", "Multiply-accumulates (MACs): 39.5 million per image"]),
+        (vision_transformer, ["torchsummary cannot show VisionTransformer (AttributeError: ", "Parameters: 15,690"]),
+        (lambda: Recurrent(nn.LSTM), ["cannot show Recurrent (AttributeError: ", "Parameters: 7,466", "0.23 million"]),
+        (DictOutput, ["Linear-1", "Total params: 30,730", "(MACs): 0.0307 million per image"]),
+        (lambda: nn.Sequential(DictOutput()), ["torchsummary cannot show Sequential (AttributeError: "]),
+        (NoCopy, ["(RuntimeError: cannot be copied: it holds a lock).", "(MACs): cannot be counted"]),
+        (Failing, ["(TypeError: needs a mask).", "Parameters: 30,730", "(MACs): cannot be counted"]),
+    ],
+)
+def test_summary_of_any_network(make, shown, capsys):
+    model = make()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    records.print_summary(model)
+    text = capsys.readouterr().out
+    assert all(part in text for part in shown), text
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_record_of_a_network_whose_macs_cannot_be_counted(synthetic, tmp_path):
+    model, config = NoCopy(), Config(epochs=1, batch_size=100, precision="float32")
+    history = fit(Linear(), *synthetic, config, "cpu")
+    record = write_record(tmp_path / "record.json", model, *synthetic, config, history, "cpu")
+    assert record["macs"] is None and record["pflop"] is None
+    assert "NaN" not in (tmp_path / "record.json").read_text()
 
 
 # -- runs side by side ---------------------------------------------------------------------------------------------
@@ -310,5 +572,11 @@ def test_the_command_prints_the_table_of_real_runs(synthetic, tmp_path):
         history = fit(Linear(), *synthetic, config, "cpu")
         write_record(tmp_path / f"run {seed}" / "record.json", Linear(), *synthetic, config, history, "cpu")
     command = [sys.executable, "-m", "session8.records", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.count("(2)") == 2 and done.stdout.startswith("seed "), done.stderr
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    assert (
+        done.returncode == 0
+        and done.stdout.count("(2)") == 2
+        and r"mean \xb1 sd" in done.stdout
+        and done.stdout.startswith("seed ")
+    ), done.stderr

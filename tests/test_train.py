@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,9 +16,9 @@ from fakes import class_folders
 
 import train
 from model_AC import AdvancedCNN
-from session8.checkpoint import load_model
+from session8.checkpoint import CheckpointError, load_model
 from session8.config import Config
-from session8.data import validation_split
+from session8.data import DatasetUnavailable, validation_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +54,11 @@ def test_help_lists_every_field_of_the_recipe(capsys):
         (["--lr", "abc"], "could not convert string to float"),
         (["--learning-rate", "1"], "Unrecognized options: --learning-rate"),
         (["--schedule", "cosine"], "cosine"),
+        (["--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["--epochs", "x"], "invalid int value: 'x'"),
+        (["--epoch", "5"], "--epoch"),
+        (["--recipe", "fast", "--epochs", "2", "--low-res-epochs", "5"], "low_res_epochs is 5; expected 0 to 2"),
+        (["--device", "tpu"], "device is 'tpu', which is unknown; available: "),
     ],
 )
 def test_bad_input_options(arguments, message, capsys):
@@ -83,7 +90,7 @@ def test_a_run_leaves_weights_and_a_record(trained, tmp_path, capsys):
     model, metadata = load_model(folder / "model.safetensors")
     assert model.width == 0.5 and metadata["metrics"]["test_accuracy"] == record["history"]["test_accuracy"][-1]
     log = capsys.readouterr().out
-    assert "1 of 1 epochs on CIFAR-10" in log
+    assert "1 of 1 epoch on CIFAR-10" in log
     for views in ("2", "6"):
         assert re.search(rf"Test set, {views} views: .*\({record['views'][views]:.2f}%\)", log)
         assert metadata["metrics"][f"test_accuracy_{views}_views"] == record["views"][views]
@@ -94,7 +101,7 @@ def test_an_interrupted_run_leaves_no_record(trained, tmp_path):
         def forward(self, x):
             raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="Interrupted: run the same command again to resume"):
+    with pytest.raises(KeyboardInterrupt, match="Interrupted: run the same command again to resume"):
         trained(make_model=lambda config: Interrupted())
     assert not list(tmp_path.rglob("record.json"))
 
@@ -105,7 +112,7 @@ def test_bad_input_another_folder_than_expected(trained, tmp_path, monkeypatch):
     assert trained("--expect-folder", str(folder))["history"] == record["history"]
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
     with pytest.raises(
-        SystemExit, match=r"the run's folder is '.*', not '.*': network, data, device type or code differ"
+        ValueError, match=r"the run's folder is '.*', not '.*': network, data, device type or code differ"
     ):
         trained("--expect-folder", str(folder), "--lr", "0.5")
 
@@ -128,25 +135,57 @@ def test_without_cifar10_the_stand_in_only_on_request(monkeypatch):
     assert asked == [False, True]
 
 
-@pytest.mark.parametrize(
-    "options, environment, message",
-    [
-        (["--device", "tpu"], {}, "device is 'tpu'"),
-        ([], {"WORLD_SIZE": "2"}, r"rank \?: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
-    ],
-)
-def test_bad_input_before_training_is_one_message(monkeypatch, options, environment, message):
-    monkeypatch.setattr("sys.argv", ["train.py", *options])
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"^{message}"):
+def test_bad_input_incomplete_variables_of_torchrun(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=r"^rank \?: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"):
         train.main()
 
 
+def test_bad_input_runs_that_is_no_folder(trained, tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match=r"runs.* cannot be written"):
+        trained()
+
+
 @pytest.mark.parametrize("rank", ["0", "1", None])
-def test_rank_0_reports_an_error_that_all_ranks_have(monkeypatch, rank):
+def test_rank_0_reports_a_wrong_option(monkeypatch, rank, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "0"])
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as error:
+        train.main()
+    assert error.value.code == 2 and capsys.readouterr().err.count("epochs is 0") == (rank != "1")
+
+
+def test_without_tyro_the_command_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(SystemExit, match=r"train\.py needs tyro, which is not installed: pip install tyro"):
+        train.read_options([])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_an_interruption_of_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    command, environment = [sys.executable, ROOT / "train.py"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("rank", ["0", "1", None])
+@pytest.mark.parametrize(
+    "failure, status",
+    [
+        (train.TrainingDiverged("the loss became nan", 0, 0, 0.01), "the loss became nan"),
+        (train.distributed.RankError("rank 1 of 2: no images"), "rank 1 of 2: no images"),
+    ],
+)
+def test_rank_0_reports_an_error_that_all_ranks_have(monkeypatch, rank, failure, status):
     def fails(*_):
-        raise train.TrainingDiverged("the loss became nan", 0, 0, 0.01)
+        raise failure
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setattr(train, "run", fails)
@@ -155,7 +194,20 @@ def test_rank_0_reports_an_error_that_all_ranks_have(monkeypatch, rank):
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as error:
         train.main()
-    assert error.value.code == 1 if rank == "1" else "the loss became nan" in error.value.code
+    assert error.value.code == 1 if rank == "1" else status in error.value.code
+
+
+@pytest.mark.parametrize(
+    "failure", [CheckpointError("another run"), DatasetUnavailable("no images"), OSError("disk full"), ValueError("x")]
+)
+def test_the_errors_that_the_package_documents_are_messages(monkeypatch, failure):
+    def fails(*_):
+        raise failure
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(train, "run", fails)
+    with pytest.raises(SystemExit, match=str(failure)):
+        train.main()
 
 
 def test_the_command_without_its_data_says_so(tmp_path):
