@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from session8 import distributed
 from session8.augment import train_transforms
-from session8.checkpoint import CheckpointError, Checkpoints, differences, rng_state, set_rng_state
+from session8.checkpoint import CheckpointError, Checkpoints, check_writable, differences, rng_state, set_rng_state
 from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
 from session8.loaders import make_loader
 from session8.records import changes, environment, epoch_line, print_history, run_identity, short_hash, utc_now
@@ -265,6 +265,8 @@ def fit(
         print()
         print_history(trainer.history, config, len(test_split))
         if trainer.epoch < config.epochs:
+            if checkpoint_dir is not None and rank == 0:
+                check_writable(checkpoint_dir)
             _train_to_the_end(trainer, checkpoints, checkpoint_dir)
         if trainer.result is not model:
             model.load_state_dict(trainer.result.state_dict())
@@ -319,6 +321,7 @@ def _load_checkpoints(folder, identity, seconds):
             raise CheckpointError(f"'{folder}' is not the folder of rank 0: use one that all processes share")
         state = checkpoints.load()
         if rank == 0:
+            check_writable(folder)
             mark.touch()
         return state
 
