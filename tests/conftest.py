@@ -47,6 +47,7 @@ def hide_other_data(monkeypatch, tmp_path):
     """Hide all data from the tests except their own."""
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.delenv("CIFAR10_URL", raising=False)
+    monkeypatch.delenv("CIFAR10_CACHE", raising=False)
     monkeypatch.setenv("no_proxy", "*")  # the tests' server is on this machine
     monkeypatch.setattr(data, "MIRRORS", ())
     monkeypatch.setattr(data, "DATA_FOLDER", tmp_path / "data")
