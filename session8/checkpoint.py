@@ -9,15 +9,18 @@ import io
 import json
 import os
 import pickle
+import re
+import socket
 import time
 import uuid
 import warnings
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import safetensors
 import safetensors.torch
 import torch
@@ -26,6 +29,7 @@ FORMAT = 3  # of checkpoints; raised when older code would misread newer files
 LAST, PREVIOUS = "last.pt", "previous.pt"
 SECONDS, SECONDS_ON_DRIVE = 30, 300  # between checkpoints; Google Drive keeps every file that is replaced in its trash
 DRIVE = Path("/content/drive")  # where Google Colab mounts Google Drive
+DAY = 86_400  # seconds: no write takes longer
 
 
 class CheckpointError(RuntimeError):
@@ -40,12 +44,19 @@ class _Damaged(CheckpointError):
     """A file was read, but its content is not valid."""
 
 
-def write_file(path, content, keep_as=None):
-    """Write bytes to `path` atomically. The file that was there before is renamed to `keep_as`, if given."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # unique: other processes may write here too
+@contextmanager
+def atomic_write(path, keep_as=None):
+    """Open a temporary binary file beside `path`; at the end of the block it is flushed to disk and renamed to `path`.
+
+    After an exception or Ctrl-C in the block, the temporary file is deleted and `path` is unchanged. A killed process
+    leaves its temporary file; the next write of `path` deletes it. keep_as: new name of the file that was there before.
+    """
+    path = Path(path)
+    part = _part(path)
+    _remove_leftovers(path)
     try:
-        with open(part, "wb") as file:
-            file.write(content)
+        with open(part, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
@@ -53,8 +64,33 @@ def write_file(path, content, keep_as=None):
         os.replace(part, path)
     except OSError as error:
         error.add_note(f"'{path}' was not written: free some space or choose another folder, and try again")
-        part.unlink(missing_ok=True)
         raise
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _part(path):
+    """Return a unique name for a temporary file of `path`, which tells the machine and the process."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+def _remove_leftovers(path):
+    """Delete the temporary files of `path` that killed processes have left."""
+    pattern = re.compile(re.escape(path.name) + r"\.(?:(?P<host>.+)-(?P<pid>\d+)-)?[0-9a-f]{8}\.part")
+    for part in path.parent.glob("*.part"):
+        if match := pattern.fullmatch(part.name):
+            pid = int(match["pid"] or 0)
+            ended = match["host"] == socket.gethostname() and (pid == os.getpid() or not psutil.pid_exists(pid))
+            with suppress(OSError):  # read-only, or deleted by another process
+                if ended or time.time() - part.stat().st_mtime > DAY:  # of another host, or of an earlier version
+                    part.unlink()
+
+
+def write_file(path, content, keep_as=None):
+    """Write bytes to `path` atomically, as `atomic_write` does."""
+    with atomic_write(path, keep_as) as file:
+        file.write(content)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -79,13 +115,12 @@ def load_checkpoint(folder, identity=None):
 
     identity: if given, the checkpoint must have been saved with an equal "identity" (see `records.run_identity`).
 
-    Raises CheckpointError if the folder cannot be written, if no checkpoint in it is intact, or if the newest is of
-    another version of the project or belongs to a different run; the message names what differs.
+    Raises CheckpointError if no checkpoint in the folder is intact, or if the newest is of another version of the
+    project or belongs to a different run; the message names what differs.
     """
     folder = Path(folder)
-    _check_folder(folder)
     damaged = []
-    for path in filter(Path.exists, (folder / LAST, folder / PREVIOUS)):
+    for path in filter(os.path.exists, (folder / LAST, folder / PREVIOUS)):
         try:
             state = _read_checkpoint(path)
         except _Damaged as error:
@@ -147,11 +182,15 @@ def _position(state):
     return state["epoch"], state["progress"]["batches"]
 
 
-def _check_folder(folder):
+def check_writable(folder):
+    """Raise CheckpointError unless checkpoints can be written to `folder`, which is created if necessary."""
+    folder = Path(folder)
+    part = _part(folder / LAST)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "probe", b"")
-        (folder / "probe").unlink(missing_ok=True)
+        with open(part, "wb"):
+            pass
+        part.unlink()
     except OSError as error:
         raise CheckpointError(f"'{folder}' cannot be written ({error}): choose another folder") from error
 

@@ -1,23 +1,23 @@
 """CIFAR-10: find it, download it, verify it, cache it, or generate a stand-in.
 
 `load_cifar10` reads the images from the folder that it is given or that `CIFAR10_ROOT` names. Without either, it reads
-`data/` in the project folder, and downloads the official archive to it first if necessary. A folder holds CIFAR-10 in
-one of two layouts:
+`data/` in the project folder, then `CIFAR10_CACHE`, and downloads the official archive if neither holds CIFAR-10. A
+folder holds it in one of two layouts:
 
     cifar-10-batches-py/ or cifar-10-python.tar.gz      the official archive (Python version)
-    train/<class>/*.png and test/<class>/*.png          class folders, named as in CLASSES; or .jpg and others
+    train/<class>/*.png and test/<class>/*.png          class folders, named as in CLASSES; any format that Pillow reads
+
+`CIFAR10_CACHE` names the folder of the download (by default `data/`) and of the cache (by default the data's folder).
 
 Dataset: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
 import hashlib
 import os
-import shutil
+import pickle
 import sys
 import tarfile
-import tempfile
 import urllib.parse
-import uuid
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,11 +26,25 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pooch
-import torchvision
 from PIL import Image
+from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+from session8.checkpoint import atomic_write
+from session8.images import (
+    READING,
+    UnreadableImage,
+    check_is_file,
+    describe_left_out,
+    is_image_name,
+    list_folder,
+    other_kind,
+    printable,
+    read_image,
+)
+
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 DATASET = "CIFAR-10"  # how titles and records name images from class folders
 
 # Mean and standard deviation per channel of the 50,000 training images, scaled to [0, 1]. (The common values 0.2023,
@@ -54,9 +68,9 @@ MIRRORS = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 TIMEOUT = 10  # seconds without an answer or without data after which a mirror is skipped
+LOCK_TIMEOUT = 900  # seconds to wait for another process's download
 
 SYNTHETIC = "synthetic stand-in, NOT CIFAR-10"
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class DatasetUnavailable(FileNotFoundError):
@@ -100,13 +114,14 @@ class Split:
 
 
 def load_cifar10(root=None, allow_synthetic=False):
-    """Load both splits of CIFAR-10, from disk if possible, otherwise after a download to `data/`.
+    """Load both splits of CIFAR-10, from disk if possible, otherwise after a download.
 
-    The arrays are cached in one file next to the data, unless their folder is read-only.
+    The arrays are cached in one file, unless its folder is read-only. Images of class folders are read as in `predict`;
+    other files there are left out, and one printed line names them.
 
-    root: a folder in one of the two layouts above; by default the environment variable CIFAR10_ROOT, then `data/`. If
-    a folder is named, no other is searched and nothing is downloaded. allow_synthetic: if no folder is named and the
-    download fails, print a banner and return `synthetic_cifar10()`.
+    root: a folder in one of the two layouts above; by default that of the environment variable CIFAR10_ROOT, then
+    `data/`, then that of CIFAR10_CACHE. If a folder is named, no other is searched and nothing is downloaded.
+    allow_synthetic: if no folder is named and the download fails, print a banner and return `synthetic_cifar10()`.
 
     Returns (train, test), two Splits. Raises DatasetUnavailable if a named root does not exist or does not hold
     CIFAR-10, or if every download failed; ValueError if a class folder is missing or empty, an image is unreadable or
@@ -115,24 +130,25 @@ def load_cifar10(root=None, allow_synthetic=False):
     named = root or os.environ.get("CIFAR10_ROOT")
     if named:
         named = Path(named).expanduser()
-        origin = "root" if root else "CIFAR10_ROOT"
-        if not named.is_dir():
-            raise DatasetUnavailable(f"{origin} is '{named}', which is not a directory. {_LAYOUTS}")
+        origin = f"{'root' if root else 'CIFAR10_ROOT'} is '{printable(named)}'"
+        if not os.path.isdir(named):
+            raise DatasetUnavailable(f"{origin}, which is not a directory. {_LAYOUTS}")
         splits = _load_folder(named)
         if splits is None:
-            raise DatasetUnavailable(f"{origin} is '{named}', which does not hold CIFAR-10. {_LAYOUTS}")
+            raise DatasetUnavailable(f"{origin}, which does not hold CIFAR-10. {_LAYOUTS}")
         return splits
 
-    splits = _load_folder(DATA_FOLDER)
+    folder = _cache_folder(DATA_FOLDER)
+    splits = _load_folder(DATA_FOLDER) or _load_folder(folder)
     if splits is None:
         try:
-            download_archive(DATA_FOLDER)
+            download_archive(folder)
         except DatasetUnavailable:
             if not allow_synthetic:
                 raise
             print(_BANNER, flush=True)  # each failure has been printed
             return synthetic_cifar10()
-        splits = _load_folder(DATA_FOLDER)
+        splits = _load_folder(folder)
     return splits
 
 
@@ -202,15 +218,20 @@ def validation_split(train, n=5000, seed=0):
 
 def _load_folder(root):
     """Read either layout of `root`, through the cache. Returns (train, test), or None if it has neither."""
-    if (root / BATCHES).is_dir():
-        files, read, source = sorted((root / BATCHES).iterdir()), _read_batches, "CIFAR-10, official batches"
-    elif (root / ARCHIVE).is_file():
+    left_out = []
+    if os.path.isdir(root / BATCHES):
+        files = [entry for entry in list_folder(root / BATCHES) if os.path.isfile(entry)]
+        read, source = _read_batches, "CIFAR-10, official batches"
+    elif os.path.isfile(root / ARCHIVE):
         files, read, source = [root / ARCHIVE], _read_archive, "CIFAR-10, official archive"
-    elif (root / "train").is_dir() or (root / "test").is_dir():
-        files = [entry for entries in _class_folder_files(root).values() for entry in entries]
+    elif os.path.isdir(root / "train") or os.path.isdir(root / "test"):
+        folders, left_out = _class_folder_files(root)
+        files = [entry for entries in folders.values() for entry in entries]
         read, source = _read_class_folders, f"{DATASET}, class folders"
     else:
         return None
+    if left_out:
+        print(describe_left_out(root, left_out))
     fingerprint = _fingerprint(root, files)
     arrays = _read_cache(root, fingerprint)
     if arrays is None:
@@ -226,62 +247,90 @@ def _load_folder(root):
 
 
 def _read_batches(root):
-    """Read the official batches with torchvision, which checks the md5 of each file before it unpickles it."""
+    folder = root / BATCHES
     try:
-        splits = {name: torchvision.datasets.CIFAR10(root, train=name == "train") for name in ("train", "test")}
-    except RuntimeError as error:
+        return _unpickle({name: (folder / name).read_bytes() for name, _ in CIFAR10.train_list + CIFAR10.test_list})
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"'{root / BATCHES}' is incomplete or damaged ({error}): delete it and unpack the archive again"
+            f"'{printable(folder)}' is incomplete or damaged ({error}): delete it and unpack the archive again"
         ) from error
-    return {
-        f"{name}_{part}": value
-        for name, split in splits.items()
-        for part, value in (("images", split.data), ("labels", np.array(split.targets, np.int64)))
-    }
 
 
 def _read_archive(root):
-    archive = root / ARCHIVE
-    if (md5 := pooch.file_hash(str(archive), alg="md5")) != ARCHIVE_MD5:
-        raise ValueError(f"'{archive}' has md5 {md5}, expected {ARCHIVE_MD5}: delete it and download it again")
-    with tempfile.TemporaryDirectory() as folder:  # only the archive and the cache stay on disk
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")  # refuses members outside the folder
-        return _read_batches(Path(folder))
+    with open(root / ARCHIVE, "rb") as file:
+        if (md5 := _md5(file)) != ARCHIVE_MD5:
+            name = printable(root / ARCHIVE)
+            raise ValueError(f"'{name}' has md5 {md5}, expected {ARCHIVE_MD5}: delete it and download it again")
+        with tarfile.open(fileobj=file) as tar:  # nothing is unpacked to the disk
+            return _unpickle(
+                {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
+            )
+
+
+def _md5(file):
+    """Return the md5 of an open file, and rewind it."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "md5")
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def _unpickle(contents):
+    """Return the arrays of the official batches, {name: bytes}. Each md5 is checked before anything is unpickled."""
+    arrays = {}
+    for split, names in (("train", CIFAR10.train_list), ("test", CIFAR10.test_list)):
+        for name, md5 in names:
+            if hashlib.md5(contents.get(name, b"")).hexdigest() != md5:
+                raise ValueError(f"'{name}' is missing or has a wrong md5")
+        batches = [pickle.loads(contents[name], encoding="latin1") for name, _ in names]
+        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        arrays[f"{split}_images"] = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        arrays[f"{split}_labels"] = np.concatenate([np.array(batch["labels"], np.int64) for batch in batches])
+    return arrays
 
 
 def _class_folder_files(root):
-    """Return the image files of root/{train,test}/<class>/, sorted by name: {(split, class): [os.DirEntry]}."""
-    files = {(split, name): root / split / name for split in ("train", "test") for name in CLASSES}
-    for key, folder in files.items():
-        if not folder.is_dir():
+    """List root/{train,test}/<class>/, sorted by name.
+
+    Returns the image files, {(split, class): [os.DirEntry]}, and an UnreadableImage for each other file and folder.
+    Suffixes decide: a backup copy is not an image.
+    """
+    images = {(split, name): [] for split in ("train", "test") for name in CLASSES}
+    left_out = []
+    for (split, name), entries in images.items():
+        folder = root / split / name
+        if not os.path.isdir(folder):
             names = ", ".join(CLASSES)
-            raise ValueError(f"class folder '{folder}' is missing: train/ and test/ need one for each of {names}")
-        with os.scandir(folder) as entries:  # several times faster than pathlib for 60,000 files
-            images = [entry for entry in entries if is_image_name(entry.name)]
-        if not images:
-            raise ValueError(f"class folder '{folder}' has no image files ({', '.join(IMAGE_SUFFIXES)})")
-        files[key] = sorted(images, key=lambda entry: entry.name)
-    return files
-
-
-def is_image_name(name):
-    """Return whether a file name is an image's. Names that begin with a dot are not: macOS writes "._*" files."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            raise ValueError(
+                f"class folder '{printable(folder)}' is missing: train/ and test/ need one for each of {names}"
+            )
+        for entry in list_folder(folder):
+            if not is_image_name(entry.name):
+                kind = other_kind(entry.name) or "not named as an image that Pillow reads"
+                left_out.append(UnreadableImage(printable(entry), f"is {kind}"))
+            elif entry.is_file(follow_symlinks=False):  # the usual case, without a system call
+                entries.append(entry)
+            elif os.path.isdir(entry):
+                left_out.append(UnreadableImage(printable(entry), "is a folder"))
+            else:
+                check_is_file(entry)
+                entries.append(entry)
+        if not entries:
+            reasons = f". {describe_left_out(root, left_out)}" if left_out else ": add some"
+            raise ValueError(f"class folder '{printable(folder)}' has no image files{reasons}")
+    return images, left_out
 
 
 def _read_class_folders(root):
     arrays = {f"{split}_{part}": [] for split in ("train", "test") for part in ("images", "labels")}
-    files = [(*key, entry.path) for key, entries in _class_folder_files(root).items() for entry in entries]
-    for split, name, path in tqdm(files, desc="Reading images", unit=" images", file=sys.stdout, mininterval=0.5):
-        try:
-            with Image.open(path) as image:
-                size, pixels = image.size, np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
-            raise ValueError(f"'{path}' is not a readable image ({error}): replace or delete it") from error
-        if size != (32, 32):
-            raise ValueError(f"'{path}' is {size[0]} by {size[1]} pixels, expected 32 by 32: resize or delete it")
-        arrays[f"{split}_images"].append(pixels)
+    folders, _ = _class_folder_files(root)
+    files = [(*key, entry) for key, entries in folders.items() for entry in entries]
+    for split, name, entry in tqdm(files, desc="Reading images", unit=" images", file=sys.stdout, mininterval=0.5):
+        image = read_image(entry)
+        if image.size != (32, 32):
+            size = f"{image.width} by {image.height} pixels"
+            raise ValueError(f"'{printable(entry)}' is {size}, expected 32 by 32: resize or delete it")
+        arrays[f"{split}_images"].append(np.asarray(image))
         arrays[f"{split}_labels"].append(CLASSES.index(name))
     return {name: np.stack(value) if "images" in name else np.array(value, np.int64) for name, value in arrays.items()}
 
@@ -289,37 +338,50 @@ def _read_class_folders(root):
 # -- the cache -----------------------------------------------------------------------------------------------------
 
 
+def _cache_folder(default):
+    """Return the folder that CIFAR10_CACHE names, by default another."""
+    return Path(os.environ.get("CIFAR10_CACHE") or default).expanduser()
+
+
 def _fingerprint(root, files):
-    """Hash names, sizes and modification times of the files (Path or os.DirEntry), and CLASSES."""
-    digest = hashlib.sha256(" ".join(CLASSES).encode())
-    for file in files:
-        status, name = file.stat(), os.fspath(file).removeprefix(os.fspath(root))
-        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    """Hash what the arrays depend on: CLASSES, the reading, and the files (Path or os.DirEntry).
+
+    Of each file: the name below the root, the size and the modification time in whole seconds (Google Drive keeps no
+    nanoseconds). Of about 20: the first 4,096 bytes, which tell two folders apart. The root's path does not count.
+    """
+    digest = hashlib.sha256(f"{' '.join(CLASSES)} {READING}".encode())
+    prefix = os.fspath(root)
+    for index, file in enumerate(files):
+        try:
+            status, name = file.stat(), os.fspath(file).removeprefix(prefix)
+            digest.update(os.fsencode(f"{name} {status.st_size} {int(status.st_mtime)}\n"))
+            if index % (len(files) // 20 + 1) == 0:
+                with open(file, "rb") as opened:
+                    digest.update(opened.read(4096))
+        except OSError as error:
+            raise ValueError(f"'{printable(file)}' cannot be opened ({error.strerror}): allow reading it") from error
     return digest.hexdigest()
 
 
 def _read_cache(root, fingerprint):
-    path = root / CACHE
-    if path.is_file():
+    path = _cache_folder(root) / CACHE
+    if os.path.isfile(path):
         try:
             # A zip file: NumPy checks the CRC-32 of every array.
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as cache:
                 if cache["fingerprint"].item() == fingerprint:
                     return {name: cache[name] for name in cache.files if name != "fingerprint"}
         except Exception as error:  # zipfile and NumPy raise many kinds
-            warnings.warn(f"the cache '{path}' is damaged ({error}); reading the images again", stacklevel=3)
+            warnings.warn(f"the cache '{printable(path)}' is damaged ({error}); reading the images again", stacklevel=3)
     return None
 
 
 def _write_cache(root, fingerprint, arrays):
-    part = root / f"{CACHE}.{uuid.uuid4().hex[:8]}.part"  # unique also among machines that share the folder
-    try:
-        with open(part, "wb") as file:
+    folder = _cache_folder(root)
+    with suppress(OSError):  # read-only or full: loading is slower without a cache
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / CACHE) as file:
             np.savez(file, fingerprint=np.array(fingerprint), **arrays)
-        os.replace(part, root / CACHE)  # atomic: no reader sees a partial file
-    except OSError:  # read-only or full: loading is slower without a cache
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 # -- the download --------------------------------------------------------------------------------------------------
@@ -329,44 +391,52 @@ def download_archive(folder):
     """Download the official archive to folder/cifar-10-python.tar.gz, from the first mirror that delivers it.
 
     The archive appears under its name only after its md5 has been checked. A mirror that does not answer for TIMEOUT
-    seconds, or delivers another file, is skipped. A second process that downloads to the same folder waits for the
-    first. Raises DatasetUnavailable, with the reason for each mirror, if all fail.
+    seconds, or delivers another file, is skipped. A second process that downloads to the same folder waits up to
+    LOCK_TIMEOUT seconds for the first. Raises DatasetUnavailable, with the reason for each mirror, if all fail.
     """
     folder = Path(folder)
-    failures = [f"'{folder}': does not hold CIFAR-10"]
+    failures = [f"'{printable(folder)}': does not hold CIFAR-10"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"Downloading CIFAR-10 to '{folder}' (waits if another process does so).", flush=True)
-        with filelock.FileLock(folder / f"{ARCHIVE}.lock"):
-            if (folder / ARCHIVE).is_file():  # another process has downloaded it
-                return
-            for url in filter(None, (os.environ.get("CIFAR10_URL"), *MIRRORS)):
-                try:
-                    return _fetch(url, folder)
-                except (OSError, ValueError) as error:  # ValueError: a wrong hash or a malformed address
-                    failures.append(f"{url}: {error}")
-                    print(f"Download failed: {failures[-1]}", flush=True)
+        print(f"Downloading CIFAR-10 to '{printable(folder)}' (waits if another process does so).", flush=True)
+        lock = filelock.FileLock(folder / f"{ARCHIVE}.lock")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # filelock 4 warns that it marks the lock by a file instead
+                lock.acquire(timeout=LOCK_TIMEOUT)
+        except (NotImplementedError, OSError) as error:  # OSError: also filelock.Timeout
+            print(f"Downloading without a lock ({error}): other processes may download, too.", flush=True)
+        try:
+            if not os.path.isfile(folder / ARCHIVE):  # no other process has downloaded it meanwhile
+                with atomic_write(folder / ARCHIVE) as file:
+                    _download(file, failures)
+            return
+        except LookupError:
+            pass  # `failures` has the reasons
+        finally:
+            lock.release()
     except OSError as error:
-        failures.append(f"'{folder}': cannot be written ({error})")
+        failures.append(f"'{printable(folder)}': cannot be written ({error})")
     raise DatasetUnavailable(
         "CIFAR-10 is not available. Tried:\n  - " + "\n  - ".join(failures) + "\n"
-        f"Remedies: put {ARCHIVE} (md5 {ARCHIVE_MD5}) into '{folder}'; or set CIFAR10_ROOT to a folder that holds "
-        "the data; or set CIFAR10_URL to a mirror that this machine can reach; or pass allow_synthetic=True to "
-        "try the code on a synthetic stand-in."
+        f"Remedies: put {ARCHIVE} (md5 {ARCHIVE_MD5}) into '{printable(folder)}'; or set CIFAR10_ROOT to a folder that "
+        "holds the data; or set CIFAR10_CACHE to another folder for the download; or set CIFAR10_URL to a mirror that "
+        "this machine can reach; or pass allow_synthetic=True to try the code on a synthetic stand-in."
     )
 
 
-def _fetch(url, folder):
-    """Download one mirror's archive to a folder of its own, and move it to `folder` once its md5 is right."""
-    incomplete = folder / "incomplete"
-    shutil.rmtree(incomplete, ignore_errors=True)  # left by a process that was killed
-    pooch.get_logger().setLevel("WARNING")
-    host = urllib.parse.urlsplit(url).netloc
-    try:
+def _download(file, failures):
+    """Write the archive to an open file, from the first mirror that delivers it. Appends to `failures`."""
+    for url in filter(None, (os.environ.get("CIFAR10_URL"), *MIRRORS)):
         look = {"unit": "B", "unit_scale": True, "file": sys.stdout, "mininterval": 0.5}
-        with tqdm(total=ARCHIVE_BYTES, desc=f"CIFAR-10 from {host}", **look) as bar:
-            download = pooch.HTTPDownloader(timeout=TIMEOUT, progressbar=bar, chunk_size=1 << 14)
-            pooch.retrieve(url, f"md5:{ARCHIVE_MD5}", fname=ARCHIVE, path=incomplete, downloader=download)
-        os.replace(incomplete / ARCHIVE, folder / ARCHIVE)
-    finally:
-        shutil.rmtree(incomplete, ignore_errors=True)
+        try:
+            file.seek(0)
+            file.truncate()
+            with tqdm(total=ARCHIVE_BYTES, desc=f"CIFAR-10 from {urllib.parse.urlsplit(url).netloc}", **look) as bar:
+                pooch.HTTPDownloader(timeout=TIMEOUT, progressbar=bar, chunk_size=1 << 14)(url, file, None)
+            if (md5 := _md5(file)) != ARCHIVE_MD5:
+                raise ValueError(f"the file's md5 hash {md5} does not match {ARCHIVE_MD5}")
+            return
+        except (OSError, ValueError) as error:  # ValueError: a wrong md5 or a malformed address
+            failures.append(f"{url}: {error}")
+            print(f"Download failed: {failures[-1]}", flush=True)
+    raise LookupError("no mirror delivers the archive")

@@ -1,12 +1,8 @@
 """Inference: classify any image, and export the network to ONNX."""
 
 import importlib.util
-import io
 import os
-import warnings
-from contextlib import suppress
 from copy import deepcopy
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +12,8 @@ from torch import nn
 
 from session8.augment import normalize
 from session8.config import Config
-from session8.data import CLASSES, IMAGE_SUFFIXES, Split, is_image_name
+from session8.data import CLASSES, Split
+from session8.images import UnreadableImage, describe_left_out, list_folder, printable, read_image, to_rgb
 from session8.training import check_views, collect_logits
 
 
@@ -53,12 +50,21 @@ def predict(model, image, k=None, device=None, names=CLASSES, views=1):
     k = min(3, len(names)) if k is None else k
     if not 1 <= k <= len(names):
         raise ValueError(f"k is {k}; expected 1 to {len(names)}, the number of classes")
-    inputs = [image]
-    if isinstance(image, str | os.PathLike) and Path(image).is_dir():
-        inputs = sorted(path for path in Path(image).iterdir() if path.is_file() and is_image_name(path.name))
-        if not inputs:
-            raise ValueError(f"the folder '{image}' has no image files ({', '.join(IMAGE_SUFFIXES)})")
-    sources, images = zip(*map(_load, inputs), strict=True)
+    if isinstance(image, str | os.PathLike) and os.path.isdir(image):
+        loaded, left_out = [], []
+        for entry in list_folder(image):
+            try:
+                loaded.append(_load(entry))
+            except UnreadableImage as error:
+                left_out.append(error)
+        if not loaded:
+            reasons = f". {describe_left_out(image, left_out)}" if left_out else ": add images, or name another"
+            raise ValueError(f"the folder '{printable(image)}' has no image files{reasons}")
+        if left_out:
+            print(describe_left_out(image, left_out))
+    else:
+        loaded = [_load(image)]
+    sources, images = zip(*loaded, strict=True)
     split = Split(np.stack(images), np.zeros(len(images), np.int64), "images to classify")
     logits = collect_logits(model, split, Config(precision="float32"), device, views)
     if logits.shape[1] != len(names):
@@ -73,33 +79,23 @@ def predict(model, image, k=None, device=None, names=CLASSES, views=1):
 def _load(image):
     """Return a description of the input, and the image as the network receives it: uint8 (32, 32, 3)."""
     if isinstance(image, np.ndarray):
-        source, image = f"array of shape {image.shape}", _from_array(image)
+        source = f"array of shape {image.shape}"
+        image = to_rgb(_from_array(image), source)
     elif isinstance(image, Image.Image):
         source = f"PIL image of mode {image.mode}"
+        image = to_rgb(image, source)
     elif isinstance(image, bytes | bytearray):
-        source = f"{len(image):,} bytes"
-        image = _from_file(io.BytesIO(image), source)
+        source, image = f"{len(image):,} bytes", read_image(image)
     elif isinstance(image, str | os.PathLike):
-        source = str(image)
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"'{source}' does not exist: name an image file or a folder on this machine")
-        image = _from_file(Path(image), source)
+        source = os.fspath(image).encode(errors="backslashreplace").decode()
+        if not os.path.lexists(image):
+            raise FileNotFoundError(
+                f"'{printable(image)}' does not exist: name an image file or a folder on this machine"
+            )
+        image = read_image(image)
     else:
         raise TypeError(f"image is a {type(image).__name__}; expected a path, bytes, a PIL image or a NumPy array")
-    return source, _resize(image, source)
-
-
-def _from_file(file, source):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                image.load()
-                return image
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{source}' is too large to open safely ({error}): reduce its size first") from error
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"'{source}' is not a readable image ({type(error).__name__}: {error})") from error
+    return source, np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
 
 
 def _from_array(array):
@@ -113,30 +109,6 @@ def _from_array(array):
             )
         array = np.round(255 * array).astype(np.uint8)
     return Image.fromarray(array[:, :, 0] if shape[2:] == (1,) else array)
-
-
-def _resize(image, source):
-    if 0 in image.size:
-        raise ValueError(f"'{source}' has no pixels: its size is {image.size}")
-    try:
-        image.load()
-    except Exception as error:  # a PIL image is decoded on first use
-        raise ValueError(f"'{source}' is not readable ({type(error).__name__}: {error})") from error
-    with suppress(Exception):  # damaged EXIF data raise many kinds: keep the image's orientation
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow would clip at 255
-        values, top = np.asarray(image, np.float32), 65535 if image.mode.startswith("I") else 1
-        if not (values.min() >= 0 and values.max() <= top):
-            raise ValueError(f"'{source}' has values from {values.min():g} to {values.max():g}; expected 0 to {top}")
-        image = Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
-    try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"'{source}' has mode {image.mode}, which Pillow cannot convert to RGB") from error
-    return np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
 
 
 class _FromPixels(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from session8 import distributed
 from session8.augment import train_transforms
-from session8.checkpoint import CheckpointError, Checkpoints, differences, rng_state, set_rng_state
+from session8.checkpoint import CheckpointError, Checkpoints, check_writable, differences, rng_state, set_rng_state
 from session8.console import plural
 from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
 from session8.loaders import make_loader
@@ -299,6 +299,8 @@ def fit(
         print()
         print_history(trainer.history, config, len(test_split))
         if trainer.epoch < config.epochs:
+            if checkpoint_dir is not None and rank == 0:
+                check_writable(checkpoint_dir)
             _train_to_the_end(trainer, checkpoints, checkpoint_dir)
         if trainer.result is not model:
             model.load_state_dict(trainer.result.state_dict())
@@ -356,6 +358,7 @@ def _load_checkpoints(folder, identity, seconds):
             raise CheckpointError(f"'{folder}' is not the folder of rank 0: use one that all processes share")
         state = checkpoints.load()
         if rank == 0:
+            check_writable(folder)
             mark.touch()
         return state
 

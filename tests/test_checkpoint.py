@@ -1,8 +1,12 @@
 """Checkpoints and saved weights: written atomically, checked when read, and refused when they do not fit."""
 
+import errno
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,14 +17,18 @@ import torch
 from networks import Linear, same_weights, small_network
 
 from model_AC import AdvancedCNN
-from session8.checkpoint import FORMAT, CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
+from session8.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    save_model,
+    write_file,
+)
 from session8.config import Config
 from session8.data import CLASSES
 from session8.trainer import fit
-
-if os.name == "posix":
-    pass
-
 
 if os.name == "posix":
     import processes
@@ -102,10 +110,64 @@ def test_fault_checkpoint_that_cannot_be_read_at_the_moment_is_not_discarded(two
     assert load_checkpoint(two_checkpoints)["number"] == 2
 
 
-def test_checking_a_folder_leaves_the_temporary_files_of_other_processes_alone(two_checkpoints):
-    part = two_checkpoints / "last.pt.0123abcd.part"  # as another process writes it at this moment
-    part.write_bytes(b"half a checkpoint")
-    assert load_checkpoint(two_checkpoints)["number"] == 2 and part.exists()
+def test_the_next_write_deletes_the_temporary_files_of_ended_processes(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = socket.gethostname()
+    files = {  # name: age in hours, whether it is deleted
+        f"last.pt.{here}-{ended.pid}-0123abcd.part": (0, True),
+        f"last.pt.{here}-{os.getpid()}-0123abcd.part": (0, True),
+        f"last.pt.{here}-{os.getppid()}-0123abcd.part": (0, False),
+        "last.pt.another-host-1-0123abcd.part": (23, False),
+        "last.pt.another-host-2-0123abcd.part": (25, True),
+        "last.pt.0123abcd.part": (23, False),  # of earlier versions
+        "last.pt.4567abcd.part": (25, True),
+        f"model.safetensors.{here}-{ended.pid}-0123abcd.part": (25, False),
+        "mine.part": (25, False),
+    }
+    for name, (age, _) in files.items():
+        (tmp_path / name).write_bytes(b"half a file")
+        os.utime(tmp_path / name, (time.time() - 3600 * age,) * 2)
+    load_checkpoint(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(files)  # reading deletes nothing
+    write_file(tmp_path / "last.pt", b"whole")
+    left = {name for name, (_, deleted) in files.items() if not deleted}
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "last.pt"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace"])
+def test_an_interrupted_write_changes_nothing(two_checkpoints, monkeypatch, function, error):
+    def interrupt(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, interrupt)
+        with pytest.raises(error):
+            save_checkpoint(two_checkpoints, {"number": 3})
+    assert sorted(path.name for path in two_checkpoints.iterdir()) == ["last.pt", "previous.pt"]
+    assert load_checkpoint(two_checkpoints)["number"] == 2
+
+
+def test_a_finished_run_is_shown_from_a_read_only_folder_and_an_unfinished_one_is_not_trained(
+    tmp_path, synthetic, monkeypatch
+):
+    finished, unfinished = tmp_path / "finished", tmp_path / "unfinished"
+    history = fit(small_network(), *synthetic, Config(epochs=1, batch_size=100), "cpu", finished)
+    unfinished.mkdir()
+    (finished / "probe").write_text("the user's own")
+    before, real = sorted(finished.iterdir()), open
+
+    def read_only(file, mode="r", *arguments, **keywords):  # permission bits would not stop root
+        if set(mode) & set("wax+") and tmp_path in Path(file).parents:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(file, mode, *arguments, **keywords)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    assert fit(small_network(), *synthetic, Config(epochs=1, batch_size=100), "cpu", finished) == history
+    assert sorted(finished.iterdir()) == before and (finished / "probe").read_text() == "the user's own"
+    with pytest.raises(CheckpointError, match=r"unfinished' cannot be written .*Read-only.*: choose another folder"):
+        fit(small_network(), *synthetic, Config(epochs=1, batch_size=100), "cpu", unfinished)
 
 
 def test_fault_any_flipped_bit_is_detected_or_harmless(two_checkpoints):

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from session8.data import CLASSES
+from session8.images import read_image
 from session8.inference import export_onnx, predict
 
 
@@ -118,18 +119,68 @@ def test_the_first_frame_of_an_animation_is_used():
     assert (seen(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)).all()
 
 
-def test_a_folder_is_classified_in_the_order_of_its_file_names(tmp_path, synthetic):
-    images = synthetic[1].images[:3]
-    for name, image in zip(("b.png", "a.PNG", "c.bmp"), images, strict=True):
-        Image.fromarray(image).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "._a.png").write_text("what macOS leaves behind")
+def test_a_folder_takes_what_a_single_call_takes_in_the_order_of_the_names_and_names_the_rest(tmp_path, photo, capsys):
+    contents = {"b.ppm": "PPM", "a.PNG": "PNG", "c.jfif": "JPEG", "d.jp2": "JPEG2000", "without a suffix": "BMP"}
+    for name, form in contents.items():
+        photo.save(tmp_path / name, form)
+    for name in ("notes.txt", "IMG_1.HEIC", "IMG_2.heic", "plan.svg", "report.pdf", "._a.png", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
+    (tmp_path / "large.png").write_bytes(large())
     (tmp_path / "album.jpg").mkdir()
     predictions = predict(Linear(), tmp_path, k=1, device="cpu")
-    assert [os.path.basename(p.source) for p in predictions] == ["a.PNG", "b.png", "c.bmp"]
-    for prediction, image in zip(predictions, images[[1, 0, 2]], strict=True):
-        assert np.array_equal(prediction.image, image)
-        assert prediction.classes == predict(Linear(), image, k=1, device="cpu")[0].classes
+    assert [os.path.basename(prediction.source) for prediction in predictions] == sorted(contents)
+    for prediction in predictions:
+        (same,) = predict(Linear(), prediction.source, k=1, device="cpu")
+        assert np.array_equal(prediction.image, same.image) and prediction.classes == same.classes
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and not err
+    for named in (
+        "notes.txt (is not a readable image",
+        "IMG_1.HEIC, IMG_2.heic (is a HEIC photo: pip install pillow-heif",
+        "plan.svg (is a vector drawing: convert it",
+        "report.pdf (is a PDF document: convert",
+        "half.png (is not a readable image (OSError",
+        "large.png (is too large",
+        "album.jpg (is not a regular file",
+    ):
+        assert named in out
+    assert "._a" not in out and "Thumbs" not in out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a pipe and a dangling link")
+def test_odd_files_of_a_folder_are_named_and_left_out(tmp_path, photo, monkeypatch):
+    photo.save(tmp_path / "ü.png")
+    (tmp_path / "ü.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    (tmp_path / "dangling ü.png").symlink_to("gone.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with monkeypatch.context() as patch:
+        stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+        patch.setattr("sys.stdout", stdout)
+        (prediction,) = predict(Linear(), tmp_path, device="cpu")
+        print(prediction.source)
+        stdout.seek(0)
+        out = stdout.read()
+    assert "dangling \\xfc.png (is a link to a file that does not exist" in out and "pipe.png (is not a regular" in out
+    assert "caf\\udce9.png" in out
+    os.remove(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    with pytest.raises(ValueError, match=r"has no image files. Left out of .*dangling"):
+        predict(Linear(), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO"])
+def test_a_jpeg_above_pillows_limit_is_decoded_reduced_to_nearly_the_same_pixels(monkeypatch, form):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(pixels).resize((1600, 1200), Image.Resampling.BICUBIC), form, exif=exif)
+    full = seen(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    assert read_image(content).size == (600, 800)
+    assert np.abs(seen(content) - full).max() <= 2
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900_000)  # twice that is Pillow's hard limit
+    with pytest.raises(ValueError, match="is too large to open safely"):
+        seen(content)
 
 
 def bomb():
@@ -152,6 +203,11 @@ def large():
     [
         (b"not an image", "'12 bytes' is not a readable image"),
         (b"", "'0 bytes' is not a readable image"),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "is a HEIC photo: pip install pillow-heif and call",
+        ),
+        (Image.new("I", (5, 5), 4095), "has no value above 4,095 of 65,535.* pass an array of floats from 0 to 1"),
         (b"\xff\xd8\xff\xe0" + bytes(50), "is not a readable image"),
         (bomb(), "too large to open safely"),
         (large(), "too large to open safely"),
@@ -171,16 +227,9 @@ def test_bad_input_that_is_not_an_image(thing, named):
         predict(Linear(), thing, device="cpu")
 
 
-def test_bad_input_damaged_file_in_a_folder_is_named(photo, tmp_path):
-    photo.save(tmp_path / "good.png")
-    (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
-    with pytest.raises(ValueError, match=r"half\.png' is not a readable image"):
-        predict(Linear(), tmp_path, device="cpu")
-
-
 def test_bad_input_damaged_file_that_pillow_has_opened(photo, tmp_path):
     (tmp_path / "half.png").write_bytes(encoded(photo)[:100])
-    with Image.open(tmp_path / "half.png") as opened, pytest.raises(ValueError, match="RGB' is not readable"):
+    with Image.open(tmp_path / "half.png") as opened, pytest.raises(ValueError, match="RGB' is not a readable image"):
         predict(Linear(), opened, device="cpu")
 
 
