@@ -25,6 +25,9 @@ $(foreach name,$(GIVEN),$(if $(value $(name)),,$(error $(name) is empty: write $
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
 
+# What a version of NumPy, SciPy, Pillow, matplotlib, OpenCV or IPython can change.
+COLAB_TESTS = $(if $(FULL),,$(patsubst %,tests/test_%.py,notebook plots analysis augment data inference records))
+
 .PHONY: run test test-colab results lint clean
 
 # Repeated when the requirements change.
