@@ -134,7 +134,7 @@ def test_a_folder_takes_what_a_single_call_takes_in_the_order_of_the_names_and_n
         "report.pdf (is a PDF document: convert",
         "half.png (is not a readable image (OSError",
         "large.png (is too large",
-        "album.jpg (is not a regular file",
+        "album.jpg (is a folder)",
     ):
         assert named in out
     assert "._a" not in out and "Thumbs" not in out
