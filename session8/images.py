@@ -151,7 +151,8 @@ def check_is_file(path):
         reason = "is a link to a file that does not exist: restore the file, or delete the link"
         raise UnreadableImage(printable(path), reason)
     if not os.path.isfile(path):
-        raise UnreadableImage(printable(path), "is not a regular file: name an image file, or delete it")
+        kind = "is a folder" if os.path.isdir(path) else "is not a regular file: name an image file, or delete it"
+        raise UnreadableImage(printable(path), kind)
 
 
 def list_folder(folder):
