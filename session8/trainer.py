@@ -380,7 +380,7 @@ def _header(trainer, train_split, test_split):
     )
     if edited := edited_sources(trainer.model):
         header += (
-            f"\nChanged since the import: {', '.join(edited)}. The code in memory trains; restart to use the files."
+            f"\nEdited since the import: {', '.join(edited)}. The code in memory trains; restart to use the files."
         )
     if trainer.world_size > 1:
         on_cuda = "Batch norm is synchronised"

@@ -245,7 +245,7 @@ def test_bad_input_restarts_on_several_machines_that_would_hang(monkeypatch):
 @pytest.mark.parametrize(
     "device, local, message",
     [
-        (None, 1, "LOCAL_RANK is 1, but this machine has 1 GPUs: use --nproc-per-node=1"),
+        (None, 1, "LOCAL_RANK is 1, but this machine has 1 GPU: use --nproc-per-node=1"),
         ("cuda:0", 0, "device is 'cuda:0', but each process uses the GPU of its LOCAL_RANK: use 'cuda'"),
     ],
 )
@@ -334,7 +334,7 @@ def test_jobs_under_torchrun_train_as_an_undisturbed_group(jobs, groups, job):
     "what, message",
     [
         ("raises", r"ArithmeticError: this rank cannot go on"),
-        ("gpus", r"RankError: rank 1 of 2: ValueError: LOCAL_RANK is 1, but this machine has 1 GPUs"),
+        ("gpus", r"RankError: rank 1 of 2: ValueError: LOCAL_RANK is 1, but this machine has 1 GPU"),
     ],
 )
 def test_fault_a_rank_that_fails_under_torchrun_ends_all(tmp_path, what, message):

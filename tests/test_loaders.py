@@ -21,6 +21,7 @@ from networks import CPU, same_weights, small_network
 from session8 import loaders, trainer, training
 from session8.augment import as_batch_augmentation, train_transforms
 from session8.config import Config
+from session8.console import plural
 from session8.data import Split, synthetic_cifar10
 from session8.loaders import DeviceLoader, make_loader
 
@@ -367,7 +368,9 @@ def test_each_test_image_is_of_one_rank(n, world_size):
 def test_bad_input_more_processes_than_images_in_the_last_batch(n, batch_size, world_size):
     split = synthetic_cifar10(n, 10)[0]
     last = n % batch_size or min(n, batch_size)
-    message = f"{world_size} processes share the last batch of {last} images: use at most {last} processes"
+    message = (
+        f"{world_size} processes share the last batch of {plural(last, 'image')}: use at most {plural(last, 'process')}"
+    )
     with pytest.raises(ValueError, match=message):
         make_loader(split, batch_size, rank=0, world_size=world_size)
     make_loader(split, batch_size, rank=0, world_size=last)

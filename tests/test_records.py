@@ -113,7 +113,7 @@ def test_source_hashes_are_of_the_files_as_they_were_imported(name, monkeypatch,
     assert source_hashes(small_network()) == before
     history = fit(small_network(), *synthetic, Config(epochs=1, batch_size=100), "cpu")
     assert history["parts"][0]["sources"] == before
-    assert f"Changed since the import: {name}. The code in memory trains; restart" in capsys.readouterr().out
+    assert f"Edited since the import: {name}. The code in memory trains; restart" in capsys.readouterr().out
 
 
 def test_a_module_that_was_reloaded_after_a_change_has_no_hash(monkeypatch):

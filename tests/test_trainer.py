@@ -165,7 +165,7 @@ def test_ctrl_c_leaves_history_and_weights_after_the_last_complete_epoch(synthet
     model = InterruptedLinear()
     history = fit(model, *synthetic, Config(epochs=5, batch_size=64), "cpu")
     assert all(len(values) == whole for name, values in history.items() if name != "parts")
-    assert f"Interrupted: history and weights are those after {whole} epochs" in capsys.readouterr().out
+    assert f"Interrupted: history and weights are those after {whole} epoch" in capsys.readouterr().out
     if whole:
         tested = training.test(model, make_loader(synthetic[1], 500, train=False), Config(), CPU)
         assert tested == (history["test_loss"][-1], history["test_accuracy"][-1])
