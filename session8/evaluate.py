@@ -14,8 +14,9 @@ from session8.training import VIEWS, accuracy_by_views
 def evaluate(path, data=None, device=None):
     """Test the AdvancedCNN in a file of weights on CIFAR-10 with 1, 2 and 6 views, and compare with what it states.
 
-    The precision is that of the recipe in the file. If it is "auto", the device decides: without bfloat16 in hardware
-    it is float32, and a few images may change their class.
+    The precision is that of the recipe in the file. If it is "auto", the device decides: without bfloat16 in hardware,
+    a CUDA GPU (a T4, for instance) computes in float16, other devices in float32, and a few images may change their
+    class.
 
     data: folder with CIFAR-10, as in `load_cifar10`. Returns ({views: measured}, {views: stated in the file}), both in
     percent correct. Raises CheckpointError or FileNotFoundError as `load_model` does, DatasetUnavailable as

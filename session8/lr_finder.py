@@ -22,7 +22,8 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
 
     The batches are loaded in this process. Model and random states (CPU and CUDA) are unchanged.
 
-    checkpoint_dir: as in `fit`; completed epochs do not count. Returns 0.0 for a finished run. Raises CheckpointError
+    checkpoint_dir: as in `fit`; completed epochs do not count. Returns 0.0 for a finished run, or for a network that
+    cannot be copied. Raises CheckpointError
     if the folder cannot be used.
     """
     device = get_device(device)
@@ -30,7 +31,9 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
     sizes = [config.image_size(epoch) for epoch in range(state["epoch"] if state else 0, config.epochs)]
     if not sizes:
         return 0.0
-    trainer = Trainer(deepcopy(model), train_split, test_split, config, device, num_workers=0)
+    if (copy := _copy(model, "time estimate")) is None:
+        return 0.0
+    trainer = Trainer(copy, train_split, test_split, config, device, num_workers=0)
 
     def seconds_per_pass(loader, step, steps, warmup_steps):
         batches = islice(loader, steps)
@@ -93,7 +96,8 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
 
     A copy of the model is trained; model and random states (CPU and CUDA) are unchanged.
 
-    Returns an LRRange. Raises ValueError if an argument is out of range, or if the first loss is not finite.
+    Returns an LRRange, an empty one for a network that cannot be copied. Raises ValueError if an argument is out of
+    range, or if the first loss is not finite.
     """
     if not 0 < start < end < math.inf:
         raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
@@ -102,7 +106,9 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing}; expected 0 <= smoothing < 1, for instance 0.95")
     device = get_device(device)
-    trainer = Trainer(deepcopy(model), train_split, train_split, config, device, num_workers=0)
+    if (copy := _copy(model, "range test")) is None:
+        return LRRange([], [], None, False)
+    trainer = Trainer(copy, train_split, train_split, config, device, num_workers=0)
     trainer.model.train()
     rates, losses, average, diverged = [], [], 0.0, False
     with torch.random.fork_rng(range(torch.cuda.device_count())), backend_flags(config):
@@ -122,6 +128,15 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
         raise ValueError(f"the first loss is {smoothed}, before any step: the weights or the images are not finite")
     suggestion = rates[_valley(losses)] if min(losses) < losses[0] else None
     return LRRange(rates, losses, suggestion, diverged)
+
+
+def _copy(model, purpose):
+    """Return a copy of a model; None, with a printed reason, if it has none, as with torch.nn.utils.weight_norm."""
+    try:
+        return deepcopy(model)
+    except Exception as error:  # a network may raise any
+        print(f"No {purpose}: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}).")
+        return None
 
 
 def _valley(losses):

@@ -259,6 +259,10 @@ def plot_lr_range(result, source):
     result: from `lr_range_test`.
     """
     figure, ax = _axes(f"Learning rate range test: {source}", "learning rate", "mean negative log-likelihood")
+    if not result.lr:
+        ax.set_title(f"{ax.get_title()}\nno range test: the network cannot be copied", fontsize=12)
+        figure.caption = "There is no range test: the network cannot be copied."
+        return _finish(figure)
     marker = "o" if len(result.lr) == 1 else ""
     ax.plot(result.lr, result.loss, color=BLUE, linewidth=2, marker=marker, label="smoothed training loss")
     ax.set_xscale("log")

@@ -438,6 +438,7 @@ def _facts(record):
     names = ("model", "width", "parameters", "arithmetic", "batch_size", "data", "code")
     facts = {name: record.get(name) for name in names}
     facts["processes"] = record.get("world_size", 1)
+    facts["trained before"] = record.get("trained_before") or False
     done, epochs = len(record["history"]["test_accuracy"]), record["config"]["epochs"]
     facts["epochs done"] = done if done == epochs else f"{done} of {epochs}"
     # A field newer than the record had its default.

@@ -86,7 +86,13 @@ class Trainer:
         self.test_loader = make_loader(test_split, TEST_BATCH_SIZE, train=False, **shared)
         self.average = None  # of the weights, which then is what is tested and what `fit` leaves in the model
         if config.ema_decay:
-            self.average = deepcopy(self.model)
+            try:
+                self.average = deepcopy(self.model)
+            except Exception as error:  # a network may raise any
+                raise ValueError(
+                    f"ema_decay is {config.ema_decay}, but {type(self.model).__name__} cannot be copied "
+                    f"({type(error).__name__}: {error}): set ema_decay=0, or change the network"
+                ) from error
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = make_scaler(config, self.device)
         self.epoch, self.progress = 0, Progress()

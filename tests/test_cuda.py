@@ -129,8 +129,9 @@ def test_a_run_in_float32_equals_one_on_the_cpu(recipe, synthetic, monkeypatch, 
 def test_the_time_is_estimated_for_each_recipe(recipe, arithmetic, few):
     """AveragedModel divided integers here: \"Integer division of tensors using addcdiv\"."""
     config = Config.named(recipe, epochs=2, batch_size=30)
-    with fake_cuda(CAPABILITIES[arithmetic]):
+    with fake_cuda(CAPABILITIES[arithmetic]) as events:
         assert estimate_seconds(AdvancedCNN(width=0.25), *few, config, "cuda") > 0
+        assert not [event for event in events if {"train_one", "step", "train_step"} & set(event.functions)]
 
 
 FAST = Config.named("fast", epochs=2, batch_size=100, precision="float32")

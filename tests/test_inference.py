@@ -31,9 +31,10 @@ def seen(thing):
     return prediction.image.astype(int)
 
 
-def test_an_image_of_the_right_size_is_not_changed(synthetic):
+def test_an_image_of_the_right_size_is_not_changed(synthetic, device):
     image, model = synthetic[1].images[0], Linear()
-    (prediction,) = predict(model, image, k=10, device="cpu")
+    (prediction,) = predict(model, image, k=10, device=device)
+    model = model.cpu()
     expected = np.exp(model.by_hand(image[None])[0])
     order = np.argsort(-expected)
     assert prediction.classes == [CLASSES[i] for i in order]
