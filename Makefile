@@ -26,7 +26,7 @@ $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
 
 # What a version of NumPy, SciPy, Pillow, matplotlib, OpenCV or IPython can change.
-COLAB_TESTS = $(if $(FULL),,$(patsubst %,tests/test_%.py,notebook plots analysis augment data inference records))
+COLAB_TESTS = $(if $(FULL),,$(patsubst %,tests/test_%.py,plots analysis augment data inference records))
 
 .PHONY: run test test-colab results lint clean
 
@@ -68,7 +68,7 @@ test-colab: $(COLAB)/installed
 	$(COLAB)/bin/python --version
 	$(COLAB)/bin/python -m pip freeze --disable-pip-version-check | \
 		grep -E '^(torch|torchvision|numpy|scipy|pandas|matplotlib|pillow|ipython|ipykernel|traitlets)=='
-	$(COLAB)/bin/python -m pytest tests/test_notebook.py -k whole_notebook -s -q
+	$(COLAB)/bin/python -m pytest tests/test_notebook.py -k "whole_notebook or alternative_texts" -s -q
 	$(COLAB)/bin/python -m pytest -n 2 --dist loadgroup -m 'not xdist_group' -k 'not whole_notebook' $(COLAB_TESTS)
 
 results: $(VENV)/installed
