@@ -132,6 +132,12 @@ def device_name(device):
     return f"{processor}, {'GPU (MPS)' if device.type == 'mps' else plural(torch.get_num_threads(), 'thread')}"
 
 
+def fork_rng(device):
+    """Return a context at whose end the random states of the CPU and of `device` are as at its start."""
+    device = torch.device(device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def synchronize(device):
     """Wait until `device` has finished its queued work."""
     device = torch.device(device)

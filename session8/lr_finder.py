@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from session8.augment import normalize
 from session8.checkpoint import load_checkpoint
-from session8.device import autocast, backend_flags, get_device, synchronize
+from session8.device import autocast, backend_flags, fork_rng, get_device, synchronize
 from session8.trainer import Trainer
 from session8.training import averaged_tensors, set_lr, train_step
 
@@ -63,7 +63,7 @@ def estimate_seconds(model, train_split, test_split, config, device=None, checkp
         with torch.no_grad(), autocast(config.precision, device):
             trainer.model(normalize(images, device))
 
-    with torch.random.fork_rng(range(torch.cuda.device_count())), backend_flags(config):
+    with fork_rng(device), backend_flags(config):
         trainer.model.train()
         seconds = {
             size: seconds_per_pass(trainer.train_loader, train_one(size), steps=25, warmup_steps=5)
@@ -111,7 +111,7 @@ def lr_range_test(model, train_split, config, device=None, start=1e-4, end=10.0,
     trainer = Trainer(copy, train_split, train_split, config, device, num_workers=0)
     trainer.model.train()
     rates, losses, average, diverged = [], [], 0.0, False
-    with torch.random.fork_rng(range(torch.cuda.device_count())), backend_flags(config):
+    with fork_rng(device), backend_flags(config):
         torch.manual_seed(config.seed)
         for step, (images, labels) in enumerate(islice(_endless(trainer.train_loader), steps)):
             lr = start * (end / start) ** (step / (steps - 1))
