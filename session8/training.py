@@ -21,7 +21,7 @@ from session8.augment import normalize
 from session8.checkpoint import check_savable
 from session8.config import Config
 from session8.data import CLASSES
-from session8.device import amp_dtype, autocast, backend_flags, get_device, memory_format
+from session8.device import amp_dtype, autocast, backend_flags, fork_rng, get_device, memory_format
 from session8.loaders import make_loader
 from session8.records import test_line
 
@@ -134,7 +134,7 @@ def check_network(model, config, device, smallest_batch):
     """
     name, n = type(model).__name__, min(2, smallest_batch)
     check_savable(model)
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad(), backend_flags(config):
+    with fork_rng(device), torch.no_grad(), backend_flags(config):
         try:
             copy = deepcopy(model).train()
         except Exception:  # some networks cannot be copied, for instance with torch.nn.utils.weight_norm
