@@ -29,11 +29,6 @@ def test_no_accuracy_is_claimed_outside_the_generated_section():
     assert not re.findall(r"\d\d\.\d+ ?%", before + after)
 
 
-def test_the_readme_has_at_most_1000_words_without_tables_and_code():
-    lines = [line for line in PROSE.splitlines() if not line.startswith("|")]
-    assert len(" ".join(lines).split()) <= 1000
-
-
 def test_the_commands_of_the_readme_are_in_fenced_blocks():
     assert not re.search(r"^    \S", PROSE, re.MULTILINE)
 
