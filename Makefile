@@ -3,7 +3,7 @@
 # make test-colab   run those that Google Colab's package versions can change; FULL=1: all, with its PyTorch as well
 # make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
 # make lint     ruff's check and format check
-# make clean    delete the environment
+# make clean    delete the environments
 #
 # The first call installs into $(VENV). The notebook's constants are set by name:  make run EPOCHS=5 RECIPE=one_cycle
 
@@ -78,4 +78,4 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-colab .venv-colab-full

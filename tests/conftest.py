@@ -4,6 +4,7 @@ import os
 # start compete for the cores.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # set by pytest-xdist; progress bars of tqdm before 4.70 would be narrower
 
 import contextlib
 import multiprocessing.util
