@@ -234,19 +234,24 @@ def test_memory_is_measured_at_the_batch_size_asked_for(monkeypatch):
     assert " ".join(asked[0][2:]) == "--only-memory --device cpu --batch-size 77 --data /some/folder"
 
 
-def test_bad_input_on_the_command_line(tmp_path):
-    class_folders(tmp_path, per_train=2, per_test=2)
-    for options, complaint in (
-        (["--rounds", 0], "argument --rounds: '0' is not an integer of at least 1"),
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--rounds", "0"], "argument --rounds: '0' is not an integer of at least 1"),
         (["--device", "gpu"], "device is 'gpu', which is unknown; available: "),
-        (["--data", tmp_path / "nowhere"], "nowhere"),
-        (["--data", tmp_path], "128 training images needed, but 'CIFAR-10"),
-        (["--data", tmp_path, "--batch-size", 8, "--save"], "--save needs all 50,000"),
-    ):
-        done = run_command("train_step", *options)
-        assert done.returncode and "Traceback" not in done.stderr and complaint in " ".join(done.stderr.split()), (
-            done.stderr
-        )
+        (["--data", "nowhere"], "root is 'nowhere', which is not a directory"),
+        (["--data", "."], "128 training images needed, but 'CIFAR-10"),
+        (["--data", ".", "--batch-size", "8", "--save"], "--save needs all 50,000"),
+    ],
+)
+def test_bad_input_on_the_command_line(options, complaint, tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path, per_train=2, per_test=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        train_step.main()
+    assert ended.value.code
+    assert complaint in f"{ended.value.code} {' '.join(capsys.readouterr().err.split())}"
 
 
 # -- ResNet-20 ------------------------------------------------------------------------------------
