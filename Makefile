@@ -1,6 +1,6 @@
 # make run      train, plot and analyse: executes the notebook to runs/Session_8.ipynb and .html
 # make test     run the tests, two at a time
-# make test-colab   run those that Google Colab's package versions can change; FULL=1: all, with its PyTorch as well
+# make test-colab   run them with Google Colab's package versions; FULL=1: with its PyTorch as well
 # make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
 # make lint     ruff's check and format check
 # make clean    delete the environments
@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 COLAB_PYTHON ?= python3.13
 COLAB = .venv-colab$(if $(FULL),-full)
 CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE CHECKPOINTS PROCESSES
-SETTINGS = PYTHON VENV COLAB_PYTHON FULL
+SETTINGS = PYTHON VENV COLAB_PYTHON COLAB_TESTS FULL
 
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(CONSTANTS) $(SETTINGS),$(GIVEN)),\
@@ -24,9 +24,6 @@ GIVEN := $(filter $(CONSTANTS),$(GIVEN))
 $(foreach name,$(GIVEN),$(if $(value $(name)),,$(error $(name) is empty: write $(name)=value, or leave it out)))
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
-
-# What a version of NumPy, SciPy, Pillow, matplotlib, OpenCV or IPython can change.
-COLAB_TESTS = $(if $(FULL),,$(patsubst %,tests/test_%.py,plots analysis augment data inference records))
 
 .PHONY: run test test-colab results lint clean
 
