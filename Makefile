@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 COLAB_PYTHON ?= python3.13
-COLAB = .venv-colab$(if $(FULL),-full)
+COLAB = .venv-colab$(if $(filter-out 0,$(FULL)),-full)
 CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE CHECKPOINTS PROCESSES
 SETTINGS = PYTHON VENV COLAB_PYTHON COLAB_TESTS FULL
 
@@ -23,6 +23,8 @@ $(foreach name,$(filter-out $(CONSTANTS) $(SETTINGS),$(GIVEN)),\
 GIVEN := $(filter $(CONSTANTS),$(GIVEN))
 $(foreach name,$(GIVEN),$(if $(value $(name)),,$(error $(name) is empty: write $(name)=value, or leave it out)))
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
+$(if $(filter CHECKPOINTS,$(GIVEN)),$(if $(filter True False,$(value CHECKPOINTS)),,\
+	$(error CHECKPOINTS is $(value CHECKPOINTS): write CHECKPOINTS=True or CHECKPOINTS=False)))
 export $(GIVEN)
 
 .PHONY: run test test-colab results lint clean
@@ -75,4 +77,4 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-colab .venv-colab-full
+	rm -rf .venv .venv-colab .venv-colab-full

@@ -12,7 +12,9 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 if __name__ == "__main__":
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: end without a traceback
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if on_interrupt is signal.default_int_handler:  # a background job ignores the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: end without a traceback
 
 import torch
 

@@ -49,7 +49,8 @@ def atomic_write(path, keep_as=None):
     """Open a temporary binary file beside `path`; at the end of the block it is flushed to disk and renamed to `path`.
 
     After an exception or Ctrl-C in the block, the temporary file is deleted and `path` is unchanged. A killed process
-    leaves its temporary file; the next write of `path` deletes it. keep_as: new name of the file that was there before.
+    leaves its temporary file; the next write of `path` on this machine deletes it. keep_as: new name of the file that
+    was there before.
     """
     path = Path(path)
     part = _part(path)
@@ -197,7 +198,10 @@ def check_writable(folder):
 
 def _read_checkpoint(path):
     """Read a checkpoint without running code. Raises _Damaged if its content is not valid."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read ({error}): try again, or allow reading it") from error
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             if wrong := file.testzip():  # torch.load ignores the checksums
@@ -205,6 +209,8 @@ def _read_checkpoint(path):
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _Damaged(f"'{path}' holds more than tensors and plain values: refused, without running it") from error
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile and torch raise many kinds
         raise _Damaged(f"'{path}' is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):

@@ -12,6 +12,7 @@ folder holds it in one of two layouts:
 Dataset: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
+import errno
 import hashlib
 import os
 import pickle
@@ -75,6 +76,10 @@ SYNTHETIC = "synthetic stand-in, NOT CIFAR-10"
 
 class DatasetUnavailable(FileNotFoundError):
     """CIFAR-10 is neither on disk nor downloadable. The message lists what was tried, and the remedies."""
+
+
+class _NoMirror(Exception):
+    """No mirror delivers the archive."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,25 +303,25 @@ def _class_folder_files(root):
     images = {(split, name): [] for split in ("train", "test") for name in CLASSES}
     left_out = []
     for (split, name), entries in images.items():
-        folder = root / split / name
+        folder, before = root / split / name, len(left_out)
         if not os.path.isdir(folder):
             names = ", ".join(CLASSES)
             raise ValueError(
                 f"class folder '{printable(folder)}' is missing: train/ and test/ need one for each of {names}"
             )
         for entry in list_folder(folder):
-            if not is_image_name(entry.name):
+            if os.path.isdir(entry):
+                left_out.append(UnreadableImage(printable(entry), "is a folder"))
+            elif not is_image_name(entry.name):
                 kind = other_kind(entry.name) or "not named as an image that Pillow reads"
                 left_out.append(UnreadableImage(printable(entry), f"is {kind}"))
             elif entry.is_file(follow_symlinks=False):  # the usual case, without a system call
                 entries.append(entry)
-            elif os.path.isdir(entry):
-                left_out.append(UnreadableImage(printable(entry), "is a folder"))
             else:
                 check_is_file(entry)
                 entries.append(entry)
         if not entries:
-            reasons = f". {describe_left_out(root, left_out)}" if left_out else ": add some"
+            reasons = f". {describe_left_out(root, left_out[before:])}" if left_out[before:] else ": add some"
             raise ValueError(f"class folder '{printable(folder)}' has no image files{reasons}")
     return images, left_out
 
@@ -346,11 +351,11 @@ def _cache_folder(default):
 def _fingerprint(root, files):
     """Hash what the arrays depend on: CLASSES, the reading, and the files (Path or os.DirEntry).
 
-    Of each file: the name below the root, the size and the modification time in whole seconds (Google Drive keeps no
-    nanoseconds). Of about 20: the first 4,096 bytes, which tell two folders apart. The root's path does not count.
+    Hashes each file's path below the root, its size, and its modification time in whole seconds, since Google Drive
+    keeps no nanoseconds; and the first 4,096 bytes of about 20 files, which tell two folders apart.
     """
     digest = hashlib.sha256(f"{' '.join(CLASSES)} {READING}".encode())
-    prefix = os.fspath(root)
+    prefix = os.path.join(root, "")
     for index, file in enumerate(files):
         try:
             status, name = file.stat(), os.fspath(file).removeprefix(prefix)
@@ -372,7 +377,8 @@ def _read_cache(root, fingerprint):
                 if cache["fingerprint"].item() == fingerprint:
                     return {name: cache[name] for name in cache.files if name != "fingerprint"}
         except Exception as error:  # zipfile and NumPy raise many kinds
-            warnings.warn(f"the cache '{printable(path)}' is damaged ({error}); reading the images again", stacklevel=3)
+            message = f"the cache '{printable(path)}' is damaged or unreadable ({error}); reading the images again"
+            warnings.warn(message, stacklevel=3)
     return None
 
 
@@ -392,7 +398,8 @@ def download_archive(folder):
 
     The archive appears under its name only after its md5 has been checked. A mirror that does not answer for TIMEOUT
     seconds, or delivers another file, is skipped. A second process that downloads to the same folder waits up to
-    LOCK_TIMEOUT seconds for the first. Raises DatasetUnavailable, with the reason for each mirror, if all fail.
+    LOCK_TIMEOUT seconds for the first, then downloads too. Raises DatasetUnavailable, with the reason for each mirror,
+    if all fail.
     """
     folder = Path(folder)
     failures = [f"'{printable(folder)}': does not hold CIFAR-10"]
@@ -404,13 +411,13 @@ def download_archive(folder):
             with warnings.catch_warnings(action="ignore"):  # filelock 4 warns that it marks the lock by a file instead
                 lock.acquire(timeout=LOCK_TIMEOUT)
         except (NotImplementedError, OSError) as error:  # OSError: also filelock.Timeout
-            print(f"Downloading without a lock ({error}): other processes may download, too.", flush=True)
+            print(f"The folder cannot be locked ({error}): another process may download the same file.", flush=True)
         try:
             if not os.path.isfile(folder / ARCHIVE):  # no other process has downloaded it meanwhile
                 with atomic_write(folder / ARCHIVE) as file:
                     _download(file, failures)
             return
-        except LookupError:
+        except _NoMirror:
             pass  # `failures` has the reasons
         finally:
             lock.release()
@@ -437,6 +444,8 @@ def _download(file, failures):
                 raise ValueError(f"the file's md5 hash {md5} does not match {ARCHIVE_MD5}")
             return
         except (OSError, ValueError) as error:  # ValueError: a wrong md5 or a malformed address
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise  # not the mirror's fault: the disk is full
             failures.append(f"{url}: {error}")
             print(f"Download failed: {failures[-1]}", flush=True)
-    raise LookupError("no mirror delivers the archive")
+    raise _NoMirror

@@ -133,7 +133,7 @@ def device_name(device):
 
 
 def fork_rng(device):
-    """Return a context at whose end the random states of the CPU and of `device` are as at its start."""
+    """Return a context manager that restores the random states of the CPU and of `device` on exit."""
     device = torch.device(device)
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 

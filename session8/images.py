@@ -22,6 +22,7 @@ OTHER_KINDS = {
     "a PDF document: convert its pages to PNG": (".pdf",),
     "a video: save single frames as PNG": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"),
 }
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # which Pillow identifies and does not decode
 HIDDEN = ("thumbs.db", "desktop.ini")
 
 
@@ -36,7 +37,8 @@ def read_image(file):
     """Decode an image to RGB: rotated as its EXIF data say, over white if it is transparent.
 
     Floating-point values are scaled from 0 to 1. 16-bit values are scaled from 0 to 65535, or to the maximum that a
-    TIFF names. A JPEG above Pillow's limit (about 89 million pixels) is decoded at a reduced size.
+    TIFF names. A JPEG above Pillow's limit of about 89 million pixels is decoded at a reduced size, up to twice the
+    limit.
 
     file: a path, or the bytes of a file. Returns a PIL image. Raises UnreadableImage if the file is not an image, is
     damaged or too large, or if the range of its values is unknown.
@@ -100,7 +102,7 @@ def to_rgb(image, source):
         if isinstance(transparent := image.info.get("transparency"), int):
             values = np.where(values == transparent, top, values)
         return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8)).convert("RGB")
-    if high_bytes:
+    if high_bytes and any(high for _, high in image.convert("RGB").getextrema()):
         _check_highest(256 * max(high for _, high in image.convert("RGB").getextrema()) + 255, source)
     try:
         if image.has_transparency_data:
@@ -136,7 +138,8 @@ def _suffix(name):
 
 def is_image_name(name):
     """Return whether Pillow, with its registered plug-ins, reads files with this suffix."""
-    return _suffix(name) in Image.registered_extensions() and _suffix(name) != ".pdf"  # PDF files are only written
+    kind = Image.registered_extensions().get(_suffix(name))
+    return kind in Image.OPEN and kind not in STUBS  # the others are only written
 
 
 def other_kind(name):
@@ -181,5 +184,5 @@ def describe_left_out(folder, errors):
 
 def printable(path):
     """Return a path for messages: characters that standard output cannot show are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a program's own stdout may have none
     return os.fspath(path).encode(encoding, "backslashreplace").decode(encoding)

@@ -142,7 +142,7 @@ def _copy(model, purpose):
 def _valley(losses):
     """Return the index in the middle of the longest decreasing subsequence of the losses.
 
-    Of several, it is the one that ends first; of those, the one whose last points come first: smaller rates are safer.
+    Of several subsequences of this length, the one at the smallest rates is taken.
     """
     losses = np.array(losses)
     length = np.ones(len(losses), int)  # of the longest decreasing subsequence that ends at each index

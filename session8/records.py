@@ -45,7 +45,7 @@ def run_identity(model, train_split, test_split, config, device, optimizer, tran
 
     Source code is not part of it: see `source_hashes`.
     """
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
     return {
         "config": asdict(config),
         "batch size on the device": config.batch_size_on(device),
@@ -107,20 +107,23 @@ def utc_now():
 def source_hashes(model):
     """Return the SHA-256 of each source file that shapes the result: {file name: hexadecimal digits}.
 
-    The files are those that were imported. CHANGED stands in for the hash of a file that was reloaded since, or of a
-    file of the user's whose functions differ from those in memory; constants and default values that were edited before
-    the first call are not noticed. A network that is defined in a notebook has an entry of its own, the hash of its
-    methods' source.
+    The files are those that were imported. The value is CHANGED if a file was reloaded, or if the functions of the
+    network's file differ from those in memory. Constants and default values that were edited before the first call are
+    not noticed. A network that is defined in a notebook has an entry of its own, the hash of its methods' source. The
+    layers have one too: the hash of the model as `print` shows it.
     """
     hashes, path = {}, _network_file(type(model))
     if path is not None:
         versions = [AS_IMPORTED[path]] if path in AS_IMPORTED else []
         versions += [_first_seen(type(model))]  # of a network, a reloaded file is what runs
         names = {**vars(sys.modules[type(model).__module__]), type(model).__name__: type(model)}
-        hashes[path.name] = _hash_of_running(names, path, versions)
+        name = path.name if path.name not in SOURCES else f"{path.name} of the network"
+        hashes[name] = _hash_of_running(names, path, versions)
     else:
         with suppress(OSError):  # code that never was in a cell
             hashes[f"{type(model).__name__} in a notebook"] = _sha256(_source_of_methods(model))
+    # What nn.Sequential and other classes of libraries are made of is in no file of the project.
+    hashes[f"layers of {type(model).__name__}"] = _sha256(repr(model).encode())
     for path in map(PACKAGE.joinpath, SOURCES):
         module = sys.modules.get(f"session8.{path.stem}")
         hashes[path.name] = _hash_of_running(vars(module) if module else {}, path, [AS_IMPORTED[path]])
@@ -129,9 +132,9 @@ def source_hashes(model):
 
 def edited_sources(model):
     """Return the names of the source files that differ on disk from the code that runs."""
-    hashes = source_hashes(model)
+    hashes = set(source_hashes(model).values())
     paths = [path for path in (_network_file(type(model)), *map(PACKAGE.joinpath, SOURCES)) if path and path.is_file()]
-    return [path.name for path in paths if _sha256(path.read_bytes()) != hashes[path.name]]
+    return [path.name for path in paths if _sha256(path.read_bytes()) not in hashes]
 
 
 def _sha256(content):
@@ -159,7 +162,10 @@ def _source_of_methods(model):
 
 
 def _hash_of_running(names, path, versions):
-    """Return the hash of the first version of a file that has the functions in memory, {name: object}; or CHANGED."""
+    """Return the SHA-256 of the first of `versions` whose functions equal those in `names`, or CHANGED if none does.
+
+    names: {name: object} of a module in memory. versions: contents of its file.
+    """
     functions, methods, module = [], set(), names.get("__name__")
     for value in names.values():
         if inspect.isclass(value) and value.__module__ == module:

@@ -4,6 +4,7 @@ import math
 import time
 import uuid
 import warnings
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -64,10 +65,11 @@ class Trainer:
         batch_size = config.batch_size_on(self.device)
         model = model.to(self.device, memory_format=memory_format(self.device))
         counters = [int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")]
-        # A network without batch norm is told apart by the fingerprint only.
+        # A network without batch norm is told apart by the fingerprint alone.
         self.start = {"initial_weights": weights_fingerprint(model), "trained_before": any(counters)}
         last = len(train_split) % batch_size or min(batch_size, len(train_split))
-        check_network(model, config, self.device, max(1, last // world_size))
+        share = last if self.device.type == "cuda" else max(1, last // world_size)  # CUDA: batch norm is synchronised
+        check_network(model, config, self.device, share)
         if world_size > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(model))  # a copy, since it changes its argument
         self.model = self.replica = model  # the replica is what takes training steps
@@ -305,7 +307,7 @@ def fit(
         print()
         print_history(trainer.history, config, len(test_split))
         if trainer.epoch < config.epochs:
-            if checkpoint_dir is not None and rank == 0:
+            if checkpoint_dir is not None and world_size == 1:  # of several processes, rank 0 has written to it
                 check_writable(checkpoint_dir)
             _train_to_the_end(trainer, checkpoints, checkpoint_dir)
         if trainer.result is not model:
@@ -372,7 +374,8 @@ def _load_checkpoints(folder, identity, seconds):
         state = distributed.rank_0_first(load)  # since loading renames a damaged file
     finally:
         if rank == 0:
-            mark.unlink(missing_ok=True)
+            with suppress(OSError):
+                mark.unlink(missing_ok=True)
     _check_that_ranks_agree({"checkpoint": state and [state["saved"], state["epoch"], state["progress"]["batches"]]})
     return checkpoints if rank == 0 else Checkpoints(None, identity, seconds), state
 
@@ -400,7 +403,7 @@ def _header(trainer, train_split, test_split):
 
 def _start_message(trainer):
     message = f"Initial weights: {trainer.start['initial_weights']}"
-    return message + ", of a network that was trained before" * trainer.start["trained_before"]
+    return message + ", of a network that was in training mode before" * trainer.start["trained_before"]
 
 
 def _resume_message(trainer, folder, state, given):

@@ -71,7 +71,7 @@ def add_momentum(optimizer):
 
 
 def averaged_tensors(model):
-    """Return the tensors of a model of which a moving average is kept: parameters and buffers, without integers."""
+    """Return the parameters and buffers of a model that are averaged: all but integers."""
     tensors = [*model.parameters(), *model.buffers()]
     return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
 
@@ -127,19 +127,23 @@ def scale_down(images, size):
 
 
 def check_network(model, config, device, smallest_batch):
-    """Raise ValueError if training or saving would fail later on, by a forward pass of a copy and a trial of saving.
+    """Save a model to memory and run forward passes of a copy; raise ValueError if that fails.
 
     smallest_batch: number of images in the smallest batch, the last of an epoch. The trial takes two images at most, at
-    each image size of the recipe. Model and random states (CPU and CUDA) are unchanged.
+    each image size of the recipe, and tests at full size. Model and random states are unchanged. A network that cannot
+    be copied is not tried, and a printed line says so.
     """
     name, n = type(model).__name__, min(2, smallest_batch)
     check_savable(model)
     with fork_rng(device), torch.no_grad(), backend_flags(config):
         try:
             copy = deepcopy(model).train()
-        except Exception:  # some networks cannot be copied, for instance with torch.nn.utils.weight_norm
+        except Exception as error:  # some networks cannot be copied, for instance with torch.nn.utils.weight_norm
+            print(f"{name} was not tried before training: it cannot be copied ({type(error).__name__}: {error}).")
             return
-        for size in sorted({config.image_size(0), config.image_size(config.epochs - 1)}):
+        trained = sorted({config.image_size(0), config.image_size(config.epochs - 1)})
+        for size, train in [*((size, True) for size in trained), (32, False)]:
+            copy.train(train)
             images = torch.zeros(n, 32, 32, 3, dtype=torch.uint8, device=device)
             try:
                 images = scale_down(normalize(images, device), size)
@@ -152,10 +156,10 @@ def check_network(model, config, device, smallest_batch):
                 with autocast(config.precision, device):
                     outputs = copy(images)
             except Exception as error:  # of any kind: it is the caller's network
+                batch = f"a batch of {n} image{'s' * (n > 1)} of {size} by {size} pixels"
                 raise ValueError(
-                    f"{name} cannot train on a batch of {n} image{'s' * (n > 1)} of {size} by {size} pixels "
-                    f"({type(error).__name__}: {error}): change the network, batch_size (the smallest batch of an "
-                    f"epoch has {smallest_batch}) or low_res_size"
+                    f"{name} cannot {'train on' if train else 'test'} {batch} ({type(error).__name__}: {error}): "
+                    f"change the network, batch_size (the last batch has {smallest_batch}) or low_res_size"
                 ) from error
             shape = tuple(outputs.shape) if torch.is_tensor(outputs) else f"a {type(outputs).__name__}"
             if shape != (n, len(CLASSES)):
@@ -196,7 +200,8 @@ def train(model, loader, optimizer, config, device, epoch=0, scaler=None, progre
     epoch: its index, from 0, which sets the learning rate and the size of the images. scaler: from `make_scaler`.
     progress: counters of an epoch that is partly done, updated when the bar is refreshed; the loader must start at the
     same batch. on_refresh: called after each refresh. average: a copy of the model whose weights and floating-point
-    buffers become the moving average after each step, by the decay of the recipe (see also `copy_counters`).
+    buffers become the moving average after each step, by the decay of the recipe (see also `copy_counters`). Modules
+    must change their buffers in place.
 
     If the loader yields one rank's share of each batch, the model must be a DistributedDataParallel; all ranks show and
     return the results of all images.

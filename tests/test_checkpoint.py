@@ -105,7 +105,7 @@ def test_fault_checkpoint_that_cannot_be_read_at_the_moment_is_not_discarded(two
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", fail)
-        with pytest.raises(OSError, match="Input/output error"):
+        with pytest.raises(CheckpointError, match=r"last.pt' cannot be read \(.*Input/output error\): try again"):
             load_checkpoint(two_checkpoints)
     assert load_checkpoint(two_checkpoints)["number"] == 2
 

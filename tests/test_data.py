@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import shutil
 import socket
 import time
@@ -77,16 +78,16 @@ def test_class_folders_with_the_hidden_files_of_macos(folders):
 def test_other_files_of_class_folders_are_named_and_left_out(folders, capsys):
     root, expected = folders
     folder = root / "test" / "cat"
-    for name in ("notes.txt", "00001.png~", "IMG_1.HEIC", "Thumbs.db", ".DS_Store"):
+    for name in ("notes.txt", "00001.png~", "IMG_1.HEIC", "features.h5", "Thumbs.db", ".DS_Store"):
         (folder / name).write_bytes(b"no image")
-    (folder / "album.png").mkdir()
+    for name in ("album.png", "batch1"):
+        (folder / name).mkdir()
     assert_same_images(load_cifar10(root), expected)
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.startswith("Left out"))
-    assert (
-        "00001.png~, " in line and "notes.txt (is not named as an image" in line and "album.png (is a folder)" in line
-    )
+    assert "00001.png~, " in line and "notes.txt (is not named as an image" in line and "features.h5" in line
     assert "IMG_1.HEIC (is a HEIC photo: pip install pillow-heif and call" in line
+    assert re.search(r"album.png, \S*batch1 \(is a folder\)", line)
     assert "Thumbs" not in out and "DS_Store" not in out
 
 
@@ -458,6 +459,17 @@ def test_download_goes_to_the_folder_that_cifar10_cache_names(server, monkeypatc
     assert {CACHE, ARCHIVE} <= {path.name for path in (tmp_path / "a" / "cache").iterdir()}
     class_folders(tmp_path / "data", seed=1)
     assert_same_images(load_cifar10(), synthetic_cifar10(20, 10, seed=1))  # data/ goes first
+
+
+def test_fault_a_full_disk_during_the_download_is_not_blamed_on_the_mirrors(server, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "MIRRORS", (f"{server.url}/good", f"{server.url}/good"))
+    monkeypatch.setattr(data.pooch, "HTTPDownloader", lambda **_: full)
+    with pytest.raises(DatasetUnavailable, match=r"cannot be written \(.*No space left on device") as raised:
+        data.download_archive(tmp_path)
+    assert server.url not in str(raised.value) and not list(tmp_path.glob("*.part"))
 
 
 @posix

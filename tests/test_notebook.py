@@ -333,8 +333,10 @@ def test_colab_project_that_is_not_on_the_drive_keeps_its_runs_there(cloud, tmp_
     monkeypatch.setenv("DRIVE_REFUSED", "1")
     refused = set_up(tmp_path, times=2, **constants).stdout
     assert refused.count(f"run this cell again and allow access. Runs go to {project}/runs, which Colab deletes") == 2
+    (project / "runs" / "1a2b3c4d").mkdir(parents=True)  # trained before the Drive was allowed
     monkeypatch.delenv("DRIVE_REFUSED")
     assert set_up(tmp_path, times=2, **constants).stdout.splitlines()[:2] == [f"{project}", f"{runs}"]
+    assert [folder.name for folder in runs.iterdir()] == ["1a2b3c4d"]
     monkeypatch.setenv("DRIVE_REFUSED", "1")
     assert set_up(tmp_path, **constants).stdout.splitlines()[-2] == f"{project}/runs"
 

@@ -420,7 +420,7 @@ def test_the_first_epochs_train_on_small_images_and_all_test_at_full_size(synthe
 
     class Watched(Interrupted):
         def forward(self, x):
-            if torch.is_grad_enabled() or not self.training:  # not the trial before training
+            if len(x) > 2:  # not the trial before training
                 sizes.append((self.training, x.shape[-1]))
             return super().forward(x)
 
@@ -514,7 +514,7 @@ def test_a_run_from_other_weights_is_told_apart_by_folder_log_and_record(synthet
     assert (runs["new"][2], runs["trained"][2]) == (False, True)
     for name, said in (("new", False), ("trained", True)):
         assert f"Initial weights: {runs[name][1]}" in runs[name][3]
-        assert ("of a network that was trained before" in runs[name][3]) is said
+        assert ("of a network that was in training mode before" in runs[name][3]) is said
 
 
 def test_initial_weights_do_not_depend_on_their_last_bits(synthetic):
@@ -570,6 +570,7 @@ IMPOSSIBLE = {
     "3 outputs": (lambda: classifier(3), r"\(2, 3\) for 2 images; .* \(2, 10\)"),
     "a feature map": (lambda: nn.Conv2d(3, 10, 3), r"\(2, 10, 30, 30\) for 2 images; .* change its last layer"),
     "a tuple": (lambda: nn.Sequential(nn.Flatten(1, 2), nn.LSTM(32, 10)), "Sequential returns a tuple for 2 images"),
+    "small images only": (lambda: classifier(10, 24 * 24 * 3), r"cannot train on .* of 32 by 32 pixels"),
     "224 pixels": (lambda: classifier(10, 224 * 224 * 3), r"of 32 by 32 pixels .*change the network"),
     "state that is no tensor": (Extra, r"Extra cannot be saved .* plain tensors only"),
     "arguments that are not plain": (with_arguments, r"Linear cannot be saved .* `arguments`.* plain numbers"),
@@ -589,7 +590,7 @@ def test_bad_input_last_batch_of_one_image_that_batch_norm_cannot_take(make, syn
     odd = Split(synthetic[0].images[:17], synthetic[0].labels[:17], "17 images")
     config = Config(epochs=2, batch_size=16, low_res_epochs=1, low_res_size=16, precision="float32")
     model, before = make(), torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"batch of 1 image of 16 by 16 pixels .* smallest batch of an epoch has 1\)"):
+    with pytest.raises(ValueError, match=r"batch of 1 image of 16 by 16 pixels .*the last batch has 1\)"):
         fit(model, odd, synthetic[1], config, "cpu")
     assert torch.equal(torch.get_rng_state(), before)
     fit(make(), odd, synthetic[1], replace(config, batch_size=15), "cpu")  # the last batch has two
@@ -602,6 +603,22 @@ def test_bad_input_small_images_where_pytorch_cannot_scale_down(synthetic, monke
     monkeypatch.setattr("torch.nn.functional.interpolate", interpolate)
     with pytest.raises(ValueError, match=r"low_res_size is 24, but PyTorch .*: update PyTorch, or set low_res_ep"):
         fit(small_network(), *synthetic, FAST, "cpu")
+
+
+def test_bad_input_network_for_small_images_that_cannot_be_tested_at_full_size(synthetic):
+    config = Config(epochs=1, low_res_epochs=1, low_res_size=24, precision="float32")
+    with pytest.raises(ValueError, match="cannot test a batch of 2 images of 32 by 32 pixels"):
+        fit(classifier(10, 24 * 24 * 3), *synthetic, config, "cpu")
+
+
+def test_other_layers_of_equal_shapes_are_told_when_a_run_resumes(synthetic, tmp_path, capsys):
+    def network(activation):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 16), activation, nn.Linear(16, 10))
+
+    fit(network(nn.ReLU()), *synthetic, EXACT, "cpu", tmp_path)
+    fit(network(nn.GELU()), *synthetic, EXACT, "cpu", tmp_path)
+    assert "Changed since: layers of Sequential. To start over instead, delete" in capsys.readouterr().out
 
 
 def test_networks_that_torch_saves_with_care_train_and_load(synthetic, tmp_path):
