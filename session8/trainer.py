@@ -340,7 +340,7 @@ def _train_to_the_end(trainer, checkpoints, folder):
             error.add_note(
                 f"Rank {trainer.rank} of {trainer.world_size}. If another rank ended first, see its message."
             )
-        if folder is not None:
+        if folder is not None and not isinstance(error, TrainingDiverged):  # which would diverge again
             error.add_note(f"The same call resumes from the last checkpoint in '{folder}'.")
         raise
     checkpoints.save(trainer.snapshot)  # of the last epoch's end; after Ctrl-C, only if no newer checkpoint exists

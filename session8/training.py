@@ -20,6 +20,7 @@ from session8 import distributed
 from session8.augment import normalize
 from session8.checkpoint import check_savable
 from session8.config import Config
+from session8.console import plural
 from session8.data import CLASSES
 from session8.device import amp_dtype, autocast, backend_flags, fork_rng, get_device, memory_format
 from session8.loaders import make_loader
@@ -156,7 +157,7 @@ def check_network(model, config, device, smallest_batch):
                 with autocast(config.precision, device):
                     outputs = copy(images)
             except Exception as error:  # of any kind: it is the caller's network
-                batch = f"a batch of {n} image{'s' * (n > 1)} of {size} by {size} pixels"
+                batch = f"a batch of {plural(n, 'image')} of {size} by {size} pixels"
                 raise ValueError(
                     f"{name} cannot {'train on' if train else 'test'} {batch} ({type(error).__name__}: {error}): "
                     f"change the network, batch_size (the last batch has {smallest_batch}) or low_res_size"
@@ -164,7 +165,7 @@ def check_network(model, config, device, smallest_batch):
             shape = tuple(outputs.shape) if torch.is_tensor(outputs) else f"a {type(outputs).__name__}"
             if shape != (n, len(CLASSES)):
                 raise ValueError(
-                    f"{name} returns {shape} for {n} image{'s' * (n > 1)}; expected a tensor of shape "
+                    f"{name} returns {shape} for {plural(n, 'image')}; expected a tensor of shape "
                     f"({n}, {len(CLASSES)}), one output for each of CLASSES: change its last layer"
                 )
 
