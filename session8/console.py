@@ -46,3 +46,8 @@ def command_line(*errors):
 def is_first_rank():
     """Return whether this process reports what all processes of torchrun have in common."""
     return os.environ.get("RANK", "0") == "0"
+
+def printable(path):
+    """Return a path for messages: characters that standard output cannot show are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a program's own stdout may have none
+    return os.fspath(path).encode(encoding, "backslashreplace").decode(encoding)

@@ -32,6 +32,7 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from session8.checkpoint import atomic_write
+from session8.console import printable
 from session8.images import (
     READING,
     UnreadableImage,
@@ -40,7 +41,6 @@ from session8.images import (
     is_image_name,
     list_folder,
     other_kind,
-    printable,
     read_image,
 )
 

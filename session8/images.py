@@ -2,12 +2,13 @@
 
 import io
 import os
-import sys
 import warnings
 from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from session8.console import printable
 
 READING = 1  # raise it when a file's pixels change: caches of the earlier reading are then ignored
 
@@ -180,9 +181,3 @@ def describe_left_out(folder, errors):
         for reason, group in names.items()
     ]
     return f"Left out of '{printable(folder)}': {'; '.join(parts[:10])}{'; and others' if len(parts) > 10 else ''}"
-
-
-def printable(path):
-    """Return a path for messages: characters that standard output cannot show are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a program's own stdout may have none
-    return os.fspath(path).encode(encoding, "backslashreplace").decode(encoding)
