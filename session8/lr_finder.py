@@ -13,7 +13,8 @@ from session8.config import Config
 from session8.data import Split
 from session8.device import backend_flags, fork_rng, get_device, memory_format
 from session8.loaders import make_loader
-from session8.training import make_optimizer, make_scaler, set_lr, train_step
+from session8.optim import make_optimizer, make_scaler, set_lr
+from session8.training import train_step
 
 
 @dataclass
