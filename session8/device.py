@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from session8.config import Config
 from session8.console import plural
@@ -70,6 +71,11 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
     On MPS the gradients of batch norm are wrong with channels_last in several releases (pytorch/pytorch#175189).
     """
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a network to a device, in the memory format of its image batches, and return it."""
+    return model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from session8.checkpoint import CheckpointWriter, check_writable, differences, l
 from session8.config import Config
 from session8.console import plural
 from session8.data import Split
-from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
+from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, to_device
 from session8.evaluation import TEST_BATCH_SIZE, test_line
 from session8.loaders import make_loader
 from session8.network import check_network
@@ -35,7 +35,7 @@ def prepare(model, train_split, test_split, config, device, checkpoint_dir, chec
             raise ValueError(f"checkpoint_seconds is {checkpoint_seconds}; expected 0 or more, for instance 30")
         if config.precision == "bfloat16" and not computes_in_bfloat16(device):
             warnings.warn(f"{device.type} has no bfloat16 instructions: precision='auto' may be faster", stacklevel=3)
-        model.to(device, memory_format=memory_format(device))
+        to_device(model, device)
         share = {"device": device, "rank": rank, "world_size": world_size}
         train_loader = make_loader(
             train_split, config.batch_size_on(device), True, config.seed, num_workers, transform, config=config, **share
