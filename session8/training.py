@@ -69,8 +69,8 @@ def fit(
             model then has the weights that were tested.
 
     Returns the history, a dict of lists with one number per epoch, shorter after Ctrl-C: `train_loss`, `test_loss`
-    (mean NLL), `train_accuracy`, `test_accuracy` (percent), `lr` (of the last step), `seconds` (with the test). Training
-    values are measured on augmented images, with dropout, while the weights change. The entry `run` is a dict for
+    (mean NLL), `train_accuracy`, `test_accuracy` (percent), `lr` (of the last step), `seconds` (with the test). Those
+    of training are measured on augmented images, with dropout, while the weights change. The entry `run` is a dict for
     `write_record`.
 
     Raises ValueError for a device that is not available, a negative checkpoint_seconds or number of workers, and for a
