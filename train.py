@@ -1,15 +1,16 @@
 """Train AdvancedCNN from the command line: `python train.py --recipe one_cycle --epochs 5 --data DIR`.
 
 The run goes to runs/, where a repeated command resumes it. Several processes share the work under torchrun:
-`torchrun --standalone --nproc-per-node=2 train.py --recipe one_cycle`.
+`torchrun --standalone --nproc-per-node=2 train.py --recipe one_cycle`. Saved weights are tested by
+`python train.py --evaluate results/NAME.safetensors --data DIR`.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 if __name__ == "__main__":
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -20,19 +21,18 @@ import torch
 
 from model_AC import AdvancedCNN
 from session8 import distributed
-from session8.checkpoint import CheckpointError, save_model
+from session8.checkpoint import CheckpointError, load_model, save_model
 from session8.config import RECIPES, Config
-from session8.console import command_line, is_first_rank
+from session8.console import plural
 from session8.data import CLASSES, load_cifar10, validation_split
-from session8.device import get_device
-from session8.records import describe_record, final_metrics, write_record
-from session8.trainer import fit, run_folder
-from session8.training import TrainingDiverged, accuracy_by_views
+from session8.device import arithmetic, get_device
+from session8.evaluation import VIEWS, accuracy_by_views
+from session8.records import describe_record, final_metrics, views_metric, write_record
+from session8.start import run_folder
+from session8.training import TrainingDiverged, fit
 
-ROOT = Path(__file__).resolve().parent
 
-
-def read_options(arguments=None, prog="train.py"):
+def read_options(arguments=None):
     """Read the command line. Returns (options, config): the options of this script, and the recipe as a Config.
 
     Exits with status 2 and a message if an option is wrong.
@@ -40,30 +40,30 @@ def read_options(arguments=None, prog="train.py"):
     try:
         import tyro  # here, since notebooks do without it
     except ImportError:
-        sys.exit(f"{prog} needs tyro, which is not installed: pip install tyro")
-    parser = argparse.ArgumentParser(prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+        sys.exit("train.py needs tyro, which is not installed: pip install tyro")
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default="default", help="the recipe, whose values follow")
     parser.add_argument("--data", help="folder with CIFAR-10; see `load_cifar10`")
     parser.add_argument("--device", help="cuda, mps or cpu; the first available if omitted")
     parser.add_argument("--validation", action="store_true", help="hold out 5,000 training images, and test on them")
     parser.add_argument("--allow-synthetic", action="store_true", help="without CIFAR-10, train on the stand-in")
-    parser.add_argument("--expect-folder", help="exit unless this is the folder of the run")
+    parser.add_argument("--evaluate", metavar="FILE", help="test the saved weights in a file instead of training")
     options, rest = parser.parse_known_args(arguments)
     only_epochs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_epochs.add_argument("--epochs", type=int, default=argparse.SUPPRESS)
     try:
         get_device(options.device)
         recipe = Config.named(options.recipe, **vars(only_epochs.parse_known_args(rest)[0]))
-        return options, tyro.cli(Config, prog=prog, description=parser.format_help(), default=recipe, args=rest)
+        return options, tyro.cli(Config, prog="train.py", description=parser.format_help(), default=recipe, args=rest)
     except ValueError as error:  # a value out of range
         parser.error(str(error))
 
 
-def run(make_model, options, config, device, runs=ROOT / "runs"):
+def train(make_model, options, config, device, runs="runs"):
     """Train the network that `make_model(config)` returns, and return the record; None on the ranks other than 0.
 
-    Weights and record are written to the run's folder. Raises as `load_cifar10` and `fit` do; ValueError, before
-    training, if the run's folder is not the expected one; KeyboardInterrupt if training is interrupted.
+    Weights and record are written to the run's folder. Raises as `load_cifar10` and `fit` do; KeyboardInterrupt if
+    training is interrupted.
     """
     with distributed.raise_together():
         splits = load_cifar10(options.data, options.allow_synthetic)
@@ -71,43 +71,97 @@ def run(make_model, options, config, device, runs=ROOT / "runs"):
         torch.manual_seed(config.seed)
         model = make_model(config)
         folder = run_folder(model, *splits, config, device, runs)
-        if options.expect_folder and Path(options.expect_folder).resolve() != folder.resolve():
-            raise ValueError(
-                f"the run's folder is '{folder}', not '{options.expect_folder}': network, data, device type or code "
-                "differ from those of the program that expects it"
-            )
     history = fit(model, *splits, config, device, checkpoint_dir=folder)
     if len(history["seconds"]) < config.epochs:
         raise KeyboardInterrupt("Interrupted: run the same command again to resume.")
+    views = accuracy_by_views(model, splits[1], config, device) if distributed.rank() == 0 else {}
     if distributed.rank() > 0:
         return None
-    views = accuracy_by_views(model, splits[1], config, device)
     record = write_record(folder / "record.json", model, *splits, config, history, device, views)
     save_model(folder / "model.safetensors", model, config, final_metrics(record), CLASSES)
     print(f"{describe_record(record)}\nRecord and weights: {folder}")
     return record
 
 
+def evaluate(file, data, device):
+    """Test the AdvancedCNN in a file of weights on CIFAR-10 with 1, 2 and 6 views, and compare with what it states.
+
+    The precision is that of the recipe in the file. If it is "auto", the device decides, and a few images may change
+    their class. Returns {views: percent correct}. Raises CheckpointError or FileNotFoundError as `load_model` does, and
+    DatasetUnavailable as `load_cifar10` does.
+    """
+    model, about = load_model(file)
+    try:
+        config = Config(**about["config"])
+    except TypeError as error:
+        raise CheckpointError(f"'{file}' states a recipe that this version cannot read: {error}") from error
+    _, split = load_cifar10(data)
+    print(f"Testing '{file}' on {split.source}: {plural(len(split), 'image')}, {arithmetic(config.precision, device)}")
+    measured = accuracy_by_views(model, split, config, device, VIEWS)
+    for views, accuracy in measured.items():
+        stated = about["metrics"].get(views_metric(views))
+        if stated is not None:
+            print(f"Views: {views}, stated: {stated:.2f} %, measured minus stated: {accuracy - stated:+.2f}")
+    return measured
+
+
+@contextmanager
+def messages():
+    """Replace a traceback by a message if the input is wrong, and end with status 1, or 130 after Ctrl-C.
+
+    Of several processes, rank 0 alone reports what all have in common. Exceptions that the package does not document
+    are faults of the code, and pass unchanged.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        yield
+        sys.stdout.flush()  # so that a closed pipe or a full disk is noticed here
+    except BrokenPipeError:  # the reader has ended, as `head` does
+        _give_up_output()
+        sys.exit(1)
+    except (distributed.RankError, TrainingDiverged) as error:  # of all ranks
+        sys.exit(_with_notes(error) if is_first_rank else 1)
+    except (OSError, ValueError, CheckpointError) as error:
+        _give_up_output()
+        sys.exit(_with_notes(error))
+    except KeyboardInterrupt as error:
+        if is_first_rank:
+            print(str(error) or "Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _with_notes(error):
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def _give_up_output():
+    """Discard what standard output cannot take: Python would report it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout, width=config.width)):
-    """Train as the command line says.
+    """Train, or test saved weights, as the command line says.
 
     Exits with a message and status 2 if an option is wrong, 1 if training is not possible, 130 if it is interrupted.
-    Of several processes, rank 0 alone reports what all have in common.
     """
-    with command_line(CheckpointError, distributed.RankError, TrainingDiverged):
+    with messages():
         with ExitStack() as silent:
-            if not is_first_rank():
+            if os.environ.get("RANK", "0") != "0":
                 nowhere = silent.enter_context(open(os.devnull, "w"))
                 silent.enter_context(redirect_stdout(nowhere))
                 silent.enter_context(redirect_stderr(nowhere))
             options, config = read_options()
-        try:
-            with distributed.process_group(options.device) as device:
-                run(make_model, options, config, device)
-        except (distributed.RankError, TrainingDiverged):
-            if not is_first_rank():
-                sys.exit(1)
-            raise
+        if options.evaluate:
+            evaluate(options.evaluate, options.data, get_device(options.device))
+            return
+        with distributed.process_group(options.device) as device:
+            train(make_model, options, config, device)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,17 @@ from session8.device import get_device
 # Augmentation and batches.
 from session8.augment import augment, test_transforms, train_transforms
 from session8.loaders import make_loader
-# Before training: the learning rate range test, and an estimate of the time.
-from session8.lr_finder import estimate_seconds, lr_range_test
+# Before training: what the network is, and the learning rate range test.
+from session8.network import count_macs, print_summary
+from session8.lr_finder import lr_range_test
 # Training and testing.
-from session8.trainer import fit, run_folder
-from session8.training import accuracy_by_views, collect_logits, test, train, train_step
-# The same in several processes, by torchrun.
-from session8.launch import run_command, torchrun_command
-# Saved weights, and the record of a run.
+from session8.start import run_folder
+from session8.training import fit, train_step
+from session8.evaluation import accuracy_by_views, collect_logits, test
+# Saved weights, the record of a run, and runs side by side.
 from session8.checkpoint import load_model, save_model
 from session8.records import (
-    count_macs, data_fingerprint, describe_record, final_metrics, print_summary, read_runs, runs_table,
-    write_record,
+    data_fingerprint, describe_record, final_metrics, read_runs, runs_table, write_record,
 )
 # Error analysis.
 from session8.analysis import (
@@ -38,11 +37,10 @@ __all__ = [
     "CLASSES", "load_cifar10", "validation_split",
     "RECIPES", "Config", "get_device",
     "augment", "test_transforms", "train_transforms", "make_loader",
-    "estimate_seconds", "lr_range_test",
-    "accuracy_by_views", "collect_logits", "fit", "run_folder", "test", "train", "train_step",
-    "run_command", "torchrun_command",
-    "load_model", "save_model", "count_macs", "data_fingerprint", "describe_record", "final_metrics",
-    "print_summary", "write_record", "read_runs", "runs_table",
+    "count_macs", "print_summary", "lr_range_test",
+    "fit", "run_folder", "train_step", "accuracy_by_views", "collect_logits", "test",
+    "load_model", "save_model",
+    "data_fingerprint", "describe_record", "final_metrics", "read_runs", "runs_table", "write_record",
     "calibration", "class_accuracy", "confusion_matrix", "grad_cam_pairs", "misclassified", "most_confused",
     "export_onnx", "predict",
     "plot_accuracy", "plot_augmentations", "plot_calibration", "plot_class_accuracy", "plot_confusion",

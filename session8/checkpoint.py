@@ -9,52 +9,55 @@ import io
 import json
 import os
 import pickle
-import re
-import socket
 import time
 import uuid
 import warnings
 import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
-import psutil
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
-FORMAT = 3  # of checkpoints; raised when older code would misread newer files
+from session8.config import Config
+
+FORMAT = 4  # of checkpoints; raised when older code would misread newer files
 LAST, PREVIOUS = "last.pt", "previous.pt"
-SECONDS, SECONDS_ON_DRIVE = 30, 300  # between checkpoints; Google Drive keeps every file that is replaced in its trash
+INTERVAL, INTERVAL_ON_DRIVE = 30, 300  # seconds; Google Drive keeps every file that is replaced in its trash
 DRIVE = Path("/content/drive")  # where Google Colab mounts Google Drive
-DAY = 86_400  # seconds: no write takes longer
+ABANDONED = 600  # seconds after which a temporary file that nobody writes to belongs to a process that was killed
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint or saved model cannot be used, or a folder cannot hold one. The message says why."""
 
 
-class CompiledNetwork(ValueError):
-    """The network is the result of torch.compile(model), whose weights have other names than the model's."""
-
-
 class _Damaged(CheckpointError):
     """A file was read, but its content is not valid."""
 
 
+# -- atomic files ---------------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def atomic_write(path, keep_as=None):
+def atomic_write(path: Path | str, keep_as: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside `path`; at the end of the block it is flushed to disk and renamed to `path`.
 
-    After an exception or Ctrl-C in the block, the temporary file is deleted and `path` is unchanged. A killed process
-    leaves its temporary file; the next write of `path` on this machine deletes it. keep_as: new name of the file that
-    was there before.
+    After an exception or Ctrl-C in the block, the temporary file is deleted and `path` is unchanged. What a killed
+    process leaves is deleted by a later write. keep_as: new name of the file that was there before.
     """
     path = Path(path)
-    part = _part(path)
-    _remove_leftovers(path)
+    with suppress(OSError):  # read-only, or deleted by another process
+        for part in path.parent.glob(f"{path.name}.*.part"):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # other processes may write the same file
     try:
         with open(part, "w+b") as file:
             yield file
@@ -71,33 +74,17 @@ def atomic_write(path, keep_as=None):
             part.unlink(missing_ok=True)
 
 
-def _part(path):
-    """Return a unique name for a temporary file of `path`, which tells the machine and the process."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-
-
-def _remove_leftovers(path):
-    """Delete the temporary files of `path` that killed processes have left."""
-    pattern = re.compile(re.escape(path.name) + r"\.(?:(?P<host>.+)-(?P<pid>\d+)-)?[0-9a-f]{8}\.part")
-    for part in path.parent.glob("*.part"):
-        if match := pattern.fullmatch(part.name):
-            pid = int(match["pid"] or 0)
-            ended = match["host"] == socket.gethostname() and (pid == os.getpid() or not psutil.pid_exists(pid))
-            with suppress(OSError):  # read-only, or deleted by another process
-                if ended or time.time() - part.stat().st_mtime > DAY:  # of another host, or of an earlier version
-                    part.unlink()
-
-
-def write_file(path, content, keep_as=None):
-    """Write bytes to `path` atomically, as `atomic_write` does."""
+def write_file(path: Path | str, content: bytes, keep_as: Path | None = None) -> None:
+    """Write bytes to `path` atomically, as `atomic_write` does. Creates the folder if necessary."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, keep_as) as file:
         file.write(content)
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------
+# -- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder, state):
+def save_checkpoint(folder: Path | str, state: dict) -> None:
     """Write `state`, a dict of tensors and plain values, as the last checkpoint of `folder`.
 
     The previous one is kept. If writing is interrupted at any point, one of the two is intact. Raises OSError if the
@@ -109,10 +96,40 @@ def save_checkpoint(folder, state):
     write_file(folder / LAST, buffer.getvalue(), keep_as=folder / PREVIOUS)
 
 
-def load_checkpoint(folder, identity=None):
+class CheckpointWriter:
+    """Writes the checkpoints of a run to a folder, or nowhere if it is None. A failure is printed; training goes on.
+
+    identity: of the run, from `records.run_identity`. seconds: least interval between checkpoints; None: 30, or 300 on
+    Google Drive in Colab. step: that of the newest checkpoint in the folder.
+    """
+
+    def __init__(self, folder: Path | str | None, identity: dict, seconds: float | None = None, step: int = -1):
+        if seconds is None:
+            on_drive = folder is not None and Path(folder).resolve().is_relative_to(DRIVE)
+            seconds = INTERVAL_ON_DRIVE if on_drive else INTERVAL
+        self.folder, self.identity, self.seconds, self.step = folder, identity, seconds, step
+        self.written = time.monotonic()
+
+    def due(self) -> bool:
+        """Return whether the interval has passed since the last checkpoint."""
+        return self.folder is not None and time.monotonic() - self.written >= self.seconds
+
+    def save(self, state: dict) -> None:
+        """Save a state, unless the newest checkpoint is of the same or a later step."""
+        if self.folder is None or state["step"] <= self.step:
+            return
+        try:
+            save_checkpoint(self.folder, {"identity": self.identity, **state})
+            self.step = state["step"]
+        except OSError as error:
+            print(f"\nCheckpoint not written ({error}). Training continues; the last good one is kept.", flush=True)
+        self.written = time.monotonic()
+
+
+def load_checkpoint(folder: Path | str, identity: dict | None = None) -> dict | None:
     """Read the newest intact checkpoint of `folder`: the dict that was saved, or None if there is none.
 
-    If the last checkpoint is damaged, it is renamed to `damaged.pt` and the previous one is used, with a warning.
+    If the last checkpoint is damaged, the previous one takes its place, with a warning.
 
     identity: if given, the checkpoint must have been saved with an equal "identity" (see `records.run_identity`).
 
@@ -133,65 +150,19 @@ def load_checkpoint(folder, identity=None):
             )
         if damaged:
             warnings.warn(f"{damaged[0]}; using the previous one", stacklevel=2)
-            with suppress(OSError):  # so that the next save does not keep it in place of the intact one
-                os.replace(folder / LAST, folder / "damaged.pt")
+            with suppress(OSError):  # so that the next save does not keep the damaged one in place of the intact one
+                os.replace(path, folder / LAST)
         return state
     if damaged:
         raise CheckpointError(f"'{folder}' has no intact checkpoint: {'; '.join(damaged)}. Delete them to start over")
     return None
 
 
-class Checkpoints:
-    """The checkpoints of a run: loads the last one, and saves new ones at intervals.
-
-    folder: where they are, or None to disable them. identity: of the run, from `records.run_identity`. seconds: minimum
-    interval between saves; None: SECONDS, or SECONDS_ON_DRIVE for a folder on Google Drive in Colab.
-    """
-
-    def __init__(self, folder, identity, seconds=None):
-        if seconds is None:
-            on_drive = folder is not None and Path(folder).resolve().is_relative_to(DRIVE)
-            seconds = SECONDS_ON_DRIVE if on_drive else SECONDS
-        self.folder, self.identity, self.seconds = folder, identity, seconds
-        self.newest = (-1, 0)  # position of the newest checkpoint: epochs, and batches of the current one
-        self.written = time.monotonic()
-
-    def load(self):
-        """Return the state to resume from, or None."""
-        state = None if self.folder is None else load_checkpoint(self.folder, self.identity)
-        if state:
-            self.newest = _position(state)
-        return state
-
-    def due(self):
-        """Return whether the interval has passed since the last checkpoint."""
-        return self.folder is not None and time.monotonic() - self.written >= self.seconds
-
-    def save(self, state):
-        """Save a state if it is newer than the newest checkpoint. A failure is printed, and training can continue."""
-        if self.folder is None or _position(state) <= self.newest:
-            return
-        try:
-            save_checkpoint(self.folder, {"identity": self.identity, **state})
-            self.newest = _position(state)
-        except OSError as error:
-            print(f"\nCheckpoint not written ({error}). Training continues; the last good one is kept.", flush=True)
-        self.written = time.monotonic()
-
-
-def _position(state):
-    return state["epoch"], state["progress"]["batches"]
-
-
-def check_writable(folder):
+def check_writable(folder: Path | str) -> None:
     """Raise CheckpointError unless checkpoints can be written to `folder`, which is created if necessary."""
-    folder = Path(folder)
-    part = _part(folder / LAST)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb"):
-            pass
-        part.unlink()
+        write_file(Path(folder) / "writable", b"")
+        (Path(folder) / "writable").unlink()
     except OSError as error:
         raise CheckpointError(f"'{folder}' cannot be written ({error}): choose another folder") from error
 
@@ -221,58 +192,33 @@ def _read_checkpoint(path):
     return state
 
 
-def differences(then, now):
-    """Name the entries in which two identities differ."""
-    flat = [{**identity.get("config", {}), **{k: v for k, v in identity.items() if k != "config"}}
-            for identity in (then, now)]  # fmt: skip
-    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
-    return ", ".join(f"{name} was {flat[0].get(name)!r} and is {flat[1].get(name)!r}" for name in names)
+def differences(then: dict, now: dict) -> str:
+    """Name the entries in which two identities differ, with both values."""
+    then, now = ({**identity.get("config", {}), **identity, "config": None} for identity in (then, now))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
 
 
-def rng_state(device):
-    """Return the states of PyTorch's random number generators on the CPU and on `device`: {name: tensor}."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
+# -- saved weights --------------------------------------------------------------------------------------------------
 
 
-def set_rng_state(states, device):
-    """Restore what `rng_state` returned, as far as this device has the generators."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
-
-
-# -- saved weights -------------------------------------------------------------------------------------------------
-
-
-def save_model(path, model, config, metrics, classes):
+def save_model(path: Path | str, model: nn.Module, config: Config, metrics: dict, classes) -> None:
     """Write a model's weights as a safetensors file, for use without training.
 
     Its metadata hold the network's class, its constructor arguments (the attribute `arguments`, if it has one), the
     Config, metrics (numbers by name), the class names, and a SHA-256 of the tensors. Raises OSError if the file cannot
-    be written.
+    be written, ValueError if the network is the result of torch.compile.
     """
-    about = {
-        "config": asdict(config),
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        "classes": list(classes),
-    }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics = {name: float(value) for name, value in metrics.items()}
+    about = {"config": asdict(config), "metrics": metrics, "classes": list(classes)}
     write_file(path, _serialize(model, about))
 
 
 def _serialize(model, about):
     if any(name.startswith("_orig_mod.") for name in model.state_dict()):
-        raise CompiledNetwork(
-            "the network is the result of torch.compile, and its weights cannot be loaded into the network itself: "
-            "pass the network, which its method compile() compiles in place"
+        raise ValueError(
+            f"{type(model).__name__} is the result of torch.compile, and its weights cannot be loaded into the network "
+            "itself: pass the network, which its method compile() compiles in place"
         )
     # Copies: safetensors refuses tensors that share memory, such as tied weights.
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
@@ -281,24 +227,21 @@ def _serialize(model, about):
     return safetensors.torch.save(weights, {name: json.dumps(value) for name, value in about.items()})
 
 
-def check_savable(model):
+def check_savable(model: nn.Module) -> None:
     """Raise ValueError unless a model's weights can be saved and loaded again, in a checkpoint and by `save_model`."""
-    name = type(model).__name__
     try:
         _serialize(model, {})
         buffer = io.BytesIO()
         torch.save(model.state_dict(), buffer)
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except CompiledNetwork:
-        raise
     except Exception as error:  # safetensors, json and torch raise many kinds
         raise ValueError(
-            f"{name} cannot be saved ({type(error).__name__}: {error}): its state_dict must hold plain tensors only, "
-            "and its attribute `arguments`, if it has one, plain numbers and strings"
+            f"{type(model).__name__} cannot be saved ({type(error).__name__}: {error}): its state_dict must hold plain "
+            "tensors only, and its attribute `arguments`, if it has one, plain numbers and strings"
         ) from error
 
 
-def load_model(path, model=None):
+def load_model(path: Path | str, model: nn.Module | None = None) -> tuple[nn.Module, dict]:
     """Load what `save_model` wrote. Returns (model, metadata), the model in evaluation mode.
 
     model: the network to load the weights into; if None, the AdvancedCNN that the metadata describe is created. The
@@ -311,8 +254,7 @@ def load_model(path, model=None):
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            names = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"'{path}' is not a safetensors file, or is damaged ({error})") from error
     if about.get("sha256") != _sha256(weights):

@@ -86,7 +86,7 @@ class Config:
     seed: int = 0
     """Seed of order, augmentation and dropout."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Plain Python numbers: a checkpoint that holds NumPy scalars cannot be read with weights_only=True.
         kinds = {int: operator.index, float: float, int | None: lambda n: n if n is None else operator.index(n)}
         for field in fields(self):
@@ -127,7 +127,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
     @classmethod
-    def named(cls, recipe, **changes):
+    def named(cls, recipe: str, **changes) -> "Config":
         """Return the recipe of this name ("default", "one_cycle" or "fast") with `changes` applied.
 
         If they change the number of epochs, the recipe's low_res_epochs keep their share of it.
@@ -142,36 +142,35 @@ class Config:
             values = {**values, "low_res_epochs": round(share * changes["epochs"])}
         return cls(**{**values, **changes})
 
-    def batch_size_on(self, device):
-        """Return the number of images per step on `device`, a torch.device or a string."""
+    def batch_size_on(self, device: torch.device | str) -> int:
+        """Return the number of images per step on a device."""
         return self.batch_size or (64 if torch.device(device).type == "cpu" else 128)
 
-    def image_size(self, epoch):
+    def image_size(self, epoch: int) -> int:
         """Return the side in pixels of the training images in an epoch, counted from 0."""
         return self.low_res_size if epoch < self.low_res_epochs else 32
 
-    def progress(self, epochs_done):
-        """Return the fraction of training that is done, in [0, 1], measured by pixels: small images count less.
-
-        epochs_done: may have a fraction.
-        """
+    def progress(self, epochs_done: float) -> float:
+        """Return the fraction of training that is done, in [0, 1], measured by pixels: small images count less."""
 
         def pixels(epochs):
             return epochs - min(epochs, self.low_res_epochs) * (1 - (self.low_res_size / 32) ** 2)
 
         return pixels(epochs_done) / pixels(self.epochs)
 
-    def ema_decay_at(self, step):
-        """Return the decay of the moving average in a step of training, counted from 0.
-
-        It is 0 in the first step and warms up as in TensorFlow's ExponentialMovingAverage, so that the initial weights
-        do not dominate the average of a short run.
-        """
-        return min(self.ema_decay, (1 + step) / (10 + step)) if step else 0.0
-
-    def lr_at(self, progress):
-        """Return the learning rate at `progress`, the fraction of training that is done, in [0, 1]."""
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step, counted from 0 since the start of training: the rate at its middle."""
         if self.schedule == "constant":
             return self.lr
+        epoch, batch = divmod(step, steps_per_epoch)
+        progress = self.progress(epoch + (batch + 0.5) / steps_per_epoch)
         rise = self.lr_start + (1 - self.lr_start) * progress / self.warmup
         return self.lr * min(rise, self.lr_end + (1 - self.lr_end) * (1 - progress) / (1 - self.warmup))
+
+    def ema_decay_at(self, step: int) -> float:
+        """Return the decay of the moving average in a step, counted from 0 since the start of training.
+
+        It is 0 in the first step and rises as in TensorFlow's ExponentialMovingAverage, so that the initial weights do
+        not dominate the average of a short run.
+        """
+        return min(self.ema_decay, (1 + step) / (10 + step)) if step else 0.0

@@ -14,8 +14,8 @@ from session8.augment import normalize
 from session8.config import Config
 from session8.console import printable
 from session8.data import CLASSES, Split
+from session8.evaluation import check_views, collect_logits
 from session8.images import UnreadableImage, describe_left_out, list_folder, read_image, to_rgb
-from session8.training import check_views, collect_logits
 
 
 class Prediction(NamedTuple):

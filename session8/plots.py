@@ -201,8 +201,9 @@ def plot_schedule(configs):
         # Four styles, then the same with a marker.
         look = {"color": (ORANGE, BLUE, GREEN, SKY)[number % 4], "linestyle": ("--", "-", ":", "-.")[number % 4]}
         look |= {"marker": ["", *"os^vD*P"][number // 4 % 8], "markevery": 40}
-        epochs = np.linspace(0, config.epochs, 401)
-        rates = [config.lr_at(config.progress(done)) for done in epochs]
+        steps = 400 // config.epochs + 1  # per epoch
+        rates = [config.lr_at(step, steps) for step in range(config.epochs * steps)]
+        epochs = (np.arange(len(rates)) + 0.5) / steps
         ax.plot(epochs, rates, linewidth=2, label=_legend_label(f"{_short(name, 60)} (peak: {config.lr:.4g})"), **look)
         described.append(f"{name}: {rates[0]:.3g} at first, {max(rates):.3g} at most, {rates[-1]:.3g} at the end")
     ax.set_ylim(bottom=0)
