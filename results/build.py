@@ -18,8 +18,8 @@ from session8.analysis import misclassified
 from session8.checkpoint import load_model
 from session8.config import RECIPES, Config
 from session8.data import load_cifar10
+from session8.evaluation import collect_logits
 from session8.plots import plot_misclassified
-from session8.training import collect_logits
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent

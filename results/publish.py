@@ -12,7 +12,7 @@ from pathlib import Path
 
 from results.build import NAMED, RESULTS, STYLES, recipe_name
 from session8.console import plural
-from session8.training import VIEWS
+from session8.evaluation import VIEWS
 
 
 def published_name(record: dict) -> str:
