@@ -66,14 +66,13 @@ def apply_transform(transform: A.BaseCompose | A.BasicTransform, images: np.ndar
     (N, 32, 32, 3). Raises ValueError if the transform returns another shape or dtype.
     """
     if getattr(transform, "transforms", None) == []:
-        transformed = images  # an empty pipeline: no call per image
-    else:
-        # Each transform draws from a generator made when it was built, and forked workers inherit copies of it. One
-        # generator for the whole pipeline, seeded per batch, gives the same batch in any process.
-        transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        transformed = (transform(image=image)["image"] for image in images)
+        return images  # an empty pipeline: no call per image
+    # Each transform draws from a generator made when it was built, and forked workers inherit copies of it. One
+    # generator for the whole pipeline, seeded per batch, gives the same batch in any process.
+    transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
     batch = np.empty((len(images), 32, 32, 3), np.uint8)
-    for row, image in zip(batch, transformed, strict=True):
+    for row, original in zip(batch, images, strict=True):
+        image = transform(image=original)["image"]
         if image.shape != row.shape or image.dtype != row.dtype:
             raise ValueError(
                 f"the transform returned {image.dtype} {image.shape} for {images.dtype} {images.shape[1:]}; expected "

@@ -2,15 +2,18 @@
 
 import os
 import platform
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from session8.config import Config
 from session8.console import plural
 
 
-def get_device(device=None):
+def get_device(device: torch.device | str | None = None) -> torch.device:
     """Return the torch.device to use: `device` if given, else the first available of CUDA, MPS and CPU.
 
     device: a torch.device or its name, for instance "cuda:1". Raises ValueError if it is unknown or not available.
@@ -28,7 +31,7 @@ def get_device(device=None):
     return found
 
 
-def amp_dtype(precision, device):
+def amp_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
     """Return the dtype that autocast uses on `device`, or None for float32 throughout.
 
     precision "auto": bfloat16 on CUDA GPUs and CPUs that compute in it (AMX or AVX-512 BF16), float16 on other CUDA
@@ -45,7 +48,7 @@ def amp_dtype(precision, device):
     return torch.float16 if device.type == "cuda" else None
 
 
-def computes_in_bfloat16(device):
+def computes_in_bfloat16(device: torch.device | str) -> bool:
     """Return whether PyTorch reports instructions for bfloat16, without which it is slower than float32."""
     device = torch.device(device)
     if device.type == "cuda":  # AMD's GPUs all report it
@@ -56,13 +59,13 @@ def computes_in_bfloat16(device):
     return False
 
 
-def autocast(precision, device):
+def autocast(precision: str, device: torch.device | str) -> AbstractContextManager:
     """Return the context of a forward pass in `amp_dtype(precision, device)`."""
     dtype = amp_dtype(precision, device)
     return torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
 
 
-def memory_format(device):
+def memory_format(device: torch.device | str) -> torch.memory_format:
     """Return the memory format of image batches on `device`: channels_last, except on MPS.
 
     On MPS the gradients of batch norm are wrong with channels_last in several releases (pytorch/pytorch#175189).
@@ -70,8 +73,13 @@ def memory_format(device):
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
+def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a network to a device, in the memory format of its image batches, and return it."""
+    return model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
+
+
 @contextmanager
-def backend_flags(config):
+def backend_flags(config: Config) -> Iterator[None]:
     """Set PyTorch's global flags as `config` asks, and restore them on exit.
 
     precision="float32" turns TF32 off in cuDNN. deterministic=True selects deterministic kernels; an operation without
@@ -114,13 +122,13 @@ def _without_tf32():
             operator.fp32_precision = precision
 
 
-def arithmetic(precision, device):
+def arithmetic(precision: str, device: torch.device | str) -> str:
     """Return in words how convolutions are computed, for logs and records: "bfloat16", "float32", ..."""
     dtype = amp_dtype(precision, device)
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
-def device_name(device):
+def device_name(device: torch.device | str) -> str:
     """Return the name of the GPU, or of the processor with the number of threads that PyTorch uses."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -132,13 +140,13 @@ def device_name(device):
     return f"{processor}, {'GPU (MPS)' if device.type == 'mps' else plural(torch.get_num_threads(), 'thread')}"
 
 
-def fork_rng(device):
+def fork_rng(device: torch.device | str) -> AbstractContextManager:
     """Return a context manager that restores the random states of the CPU and of `device` on exit."""
     device = torch.device(device)
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def synchronize(device):
+def synchronize(device: torch.device | str) -> None:
     """Wait until `device` has finished its queued work."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -147,6 +155,6 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def available_cores():
+def available_cores() -> int:
     """Return the number of cores that this process may use, which in a container can be fewer than the host's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,7 +11,7 @@ from session8 import distributed
 from session8.augment import normalize
 from session8.config import Config
 from session8.data import Split
-from session8.device import autocast, backend_flags, get_device, memory_format
+from session8.device import autocast, backend_flags, get_device, to_device
 from session8.loaders import make_loader
 
 TEST_BATCH_SIZE = 500
@@ -59,7 +59,7 @@ def accuracy_by_views(
     The model is left in evaluation mode on the device.
     """
     device = get_device(device)
-    model.to(device, memory_format=memory_format(device))
+    to_device(model, device)
     loader = make_loader(split, TEST_BATCH_SIZE, train=False, device=device)
     return {number: test(model, loader, config or Config(), device, number)[1] for number in views}
 
@@ -79,7 +79,7 @@ def collect_logits(
     """
     check_views(views)
     device = get_device(device)
-    model.to(device, memory_format=memory_format(device))
+    to_device(model, device)
     loader = make_loader(split, TEST_BATCH_SIZE, train=False, device=device)
     batches = _predict_batches(model, loader, config or Config(), device, views)
     return torch.cat([outputs for outputs, _ in batches]).cpu()

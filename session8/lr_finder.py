@@ -11,9 +11,10 @@ from torch import nn
 
 from session8.config import Config
 from session8.data import Split
-from session8.device import backend_flags, fork_rng, get_device, memory_format
+from session8.device import backend_flags, fork_rng, get_device, to_device
 from session8.loaders import make_loader
-from session8.training import make_optimizer, make_scaler, set_lr, train_step
+from session8.optim import make_optimizer, make_scaler, set_lr
+from session8.training import train_step
 
 
 @dataclass
@@ -64,7 +65,7 @@ def lr_range_test(
     except Exception as error:  # a network may raise any, for instance with torch.nn.utils.weight_norm
         print(f"No range test: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}).")
         return LRRange()
-    copy.to(device, memory_format=memory_format(device)).train()
+    to_device(copy, device).train()
     optimizer, scaler = make_optimizer(copy, config), make_scaler(config, device)
     batch_size = config.batch_size_on(device)
     loader = make_loader(train_split, batch_size, True, config.seed, 0, transform, device, config)

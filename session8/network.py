@@ -28,18 +28,18 @@ def count_macs(model: nn.Module, size: int = 32) -> float:
 
     Counts convolutions and matrix products. The model and the random states are unchanged.
     """
-    mkldnn = torch.backends.mkldnn.enabled
+    counter, mkldnn = FlopCounterMode(display=False), torch.backends.mkldnn
+    enabled = mkldnn.enabled
     try:
         copy = deepcopy(model).cpu().eval()  # in training mode the pass would update batch norm's statistics
         # Fused kernels, such as oneDNN's LSTM, are not counted. With gradients, attention has none.
-        torch.backends.mkldnn.enabled = False
-        counter = FlopCounterMode(display=False)
+        mkldnn.enabled = False  # type: ignore[assignment]
         with torch.random.fork_rng([]), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             copy(torch.zeros(1, 3, size, size))
     except Exception:  # a network may raise any
         return math.nan
     finally:
-        torch.backends.mkldnn.enabled = mkldnn
+        mkldnn.enabled = enabled
     return counter.get_total_flops() // 2
 
 

@@ -26,7 +26,10 @@ from session8.network import count_macs, count_parameters, training_pflop
 
 PACKAGE = Path(__file__).resolve().parent
 # The files that shape the result of a run, besides that of the network.
-SOURCES = [PACKAGE / f"{name}.py" for name in ("config", "augment", "loaders", "training", "evaluation", "distributed")]
+SOURCES = [
+    PACKAGE / f"{name}.py"
+    for name in ("config", "augment", "loaders", "optim", "state", "training", "evaluation", "distributed")
+]
 # Read at import: a file that is edited later is not the code that runs.
 AS_IMPORTED = {path: path.read_bytes() for path in (PACKAGE.parent / "model_AC.py", *SOURCES) if path.is_file()}
 EDITED = "edited since the import"  # stands for the hash of a file that differs from the one that was imported
@@ -119,9 +122,10 @@ def source_hashes(model: nn.Module) -> dict[str, str]:
     if file is None:
         methods = [method for method in vars(network).values() if inspect.isfunction(method)]
         hashes[f"{network.__name__} in a notebook"] = _sha256("".join(map(inspect.getsource, methods)).encode())
-    for path in [*([Path(file).resolve()] if file else []), *SOURCES]:
+    files = {f"session8/{path.name}": path for path in SOURCES}
+    for name, path in {**({Path(file).name: Path(file).resolve()} if file else {}), **files}.items():
         on_disk = path.read_bytes() if path.is_file() else b""
-        hashes[path.name] = _sha256(on_disk) if AS_IMPORTED.setdefault(path, on_disk) == on_disk else EDITED
+        hashes[name] = _sha256(on_disk) if AS_IMPORTED.setdefault(path, on_disk) == on_disk else EDITED
     return hashes
 
 

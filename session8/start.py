@@ -15,7 +15,7 @@ from session8.checkpoint import CheckpointWriter, check_writable, differences, l
 from session8.config import Config
 from session8.console import plural
 from session8.data import Split
-from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, memory_format
+from session8.device import arithmetic, computes_in_bfloat16, device_name, get_device, to_device
 from session8.evaluation import TEST_BATCH_SIZE, test_line
 from session8.loaders import make_loader
 from session8.network import check_network
@@ -35,7 +35,7 @@ def prepare(model, train_split, test_split, config, device, checkpoint_dir, chec
             raise ValueError(f"checkpoint_seconds is {checkpoint_seconds}; expected 0 or more, for instance 30")
         if config.precision == "bfloat16" and not computes_in_bfloat16(device):
             warnings.warn(f"{device.type} has no bfloat16 instructions: precision='auto' may be faster", stacklevel=3)
-        model.to(device, memory_format=memory_format(device))
+        to_device(model, device)
         share = {"device": device, "rank": rank, "world_size": world_size}
         train_loader = make_loader(
             train_split, config.batch_size_on(device), True, config.seed, num_workers, transform, config=config, **share
@@ -65,15 +65,15 @@ def prepare(model, train_split, test_split, config, device, checkpoint_dir, chec
     saved = distributed.from_rank_0(saved)
 
     print(_header(train_split, test_split, config, device, now))
-    start = {"initial_weights": weights_fingerprint(model), "trained_before": was_trained(model)}
+    weights, trained_before = weights_fingerprint(model), was_trained(model)
     if saved is None:
-        before = ", of a network that was in training mode before" if start["trained_before"] else ""
-        print(f"Initial weights: {start['initial_weights']}{before}")
-        state.history["run"] = {"resumed": 0, **start, "first_start": now, **now}
+        print(f"Initial weights: {weights}{', of a network that was in training mode before' * trained_before}")
+        initial = {"initial_weights": weights, "trained_before": trained_before}
+        state.history["run"] = {"resumed": 0, **initial, "first_start": now, **now}
     else:
         state.load_state_dict(saved)
         run = state.history["run"]
-        print(_resume_message(saved, config, len(train_loader), checkpoint_dir, start, changes(run, now)))
+        print(_resume_message(saved, config, len(train_loader), checkpoint_dir, weights, changes(run, now)))
         if state.step < config.epochs * len(train_loader):
             state.history["run"] = {**run, "resumed": run["resumed"] + 1, **now}
     print()
@@ -128,23 +128,21 @@ def _header(train_split, test_split, config, device, now):
     return "\n".join(lines)
 
 
-def _resume_message(saved, config, steps_per_epoch, folder, start, changed):
+def _resume_message(saved, config, steps_per_epoch, folder, weights, changed):
     done = f"{epochs_done(saved['step'], steps_per_epoch)} of {config.epochs} done"
     message = f"Resuming from '{folder}', saved {saved['saved']}: {done}."
     if saved["step"] == config.epochs * steps_per_epoch:
         message = f"This run is finished, saved {saved['saved']} in '{folder}'; its log follows."
     started = saved["history"]["run"]["initial_weights"]
-    if started != start["initial_weights"]:
-        message += (
-            f" The run started from the weights {started}, not from those of the network passed, "
-            f"{start['initial_weights']}."
-        )
+    if started != weights:
+        message += f" The run started from the weights {started}, not from those of the network passed, {weights}."
     if changed:
         message += f" Changed since: {', '.join(changed)}. To start over instead, delete the folder."
     return message
 
 
 def epochs_done(step, steps_per_epoch):
+    """Return how far training is, in words: "1.5 epochs"."""
     return plural(step / steps_per_epoch, "epoch", ".4g")
 
 

@@ -38,17 +38,13 @@ class TrainingState:
     def update_average(self, decay: float) -> None:
         """Move the averaged weights and statistics towards those of the model."""
         if self.average is not None:
-            averaged, current = (
-                [tensor for tensor in (*model.parameters(), *model.buffers()) if _is_averaged(tensor)]
-                for model in (self.average, self.model)
-            )
-            get_ema_multi_avg_fn(decay)(averaged, current, None)
+            get_ema_multi_avg_fn(decay)(_averaged(self.average), _averaged(self.model), None)
 
     def share_statistics(self) -> None:
         """Copy the counters of batch norm to the average, and give every rank the statistics of rank 0."""
         if self.average is not None:
             for kept, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                if not _is_averaged(kept):
+                if not (kept.is_floating_point() or kept.is_complex()):
                     kept.copy_(new)
             distributed.share_buffers(self.average)
         distributed.share_buffers(self.model)
@@ -96,6 +92,7 @@ class TrainingState:
         self.history = deepcopy(state["history"])
 
 
-def _is_averaged(tensor):
-    """Integers, such as batch norm's number of batches, are copied instead."""
-    return tensor.is_floating_point() or tensor.is_complex()
+def _averaged(model):
+    """Return the parameters and buffers that are averaged: all but integers, such as batch norm's counters."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]

@@ -91,11 +91,11 @@ def fit(
             while state.step < config.epochs * steps_per_epoch:
                 epoch, batch = divmod(state.step, steps_per_epoch)  # batch > 0 if training resumes within an epoch
                 print(epoch_line(config, epoch, state.history["seconds"]), flush=True)
-                bar = tqdm(total=steps_per_epoch, initial=batch, file=sys.stdout, mininterval=0, miniters=1)
                 started = time.perf_counter() - state.seconds
                 train_loader.set_epoch(epoch, start=batch)
                 network.train()
-                for images, labels in train_loader:
+                bar = tqdm(train_loader, total=steps_per_epoch, initial=batch, file=sys.stdout, mininterval=0.3)
+                for images, labels in bar:
                     lr = config.lr_at(state.step, steps_per_epoch)
                     n = train_loader.batch_size_at(batch)  # of all ranks together
                     set_lr(state.optimizer, lr)
@@ -121,12 +121,12 @@ def fit(
                         state.loss_sum, state.correct = state.loss_sum + loss_sum, state.correct + hits
                         state.seconds = time.perf_counter() - started
                         accuracy = 100 * state.correct / train_loader.images_until(batch)
-                        _show(bar, batch, last_loss / n, accuracy)
+                        shown = f"Train: Loss={last_loss / n:.4f} Batch_id={batch - 1} Accuracy={accuracy:.2f}"
+                        bar.set_description(shown, refresh=False)
                         if checkpoints.due() and batch < steps_per_epoch:
                             if not state.is_finite():
                                 raise TrainingDiverged("a weight became NaN or infinite", epoch, batch, batch, lr)
                             checkpoints.save(state.state_dict())
-                bar.close()
 
                 state.share_statistics()
                 test_loss, test_accuracy = test(state.result, test_loader, config, device)
@@ -209,12 +209,6 @@ class TrainingDiverged(RuntimeError):
             f"{what} in epoch {epoch + 1}, Batch_id={max(0, batches - steps)} to {batches - 1}, at a learning rate of "
             f"{lr:.4g}: use a smaller lr, or schedule='one_cycle', which starts with a small one"
         )
-
-
-def _show(bar, batch, loss, accuracy):
-    """Move the progress bar: the last batch's loss, and the accuracy of the epoch so far."""
-    bar.set_description(f"Train: Loss={loss:.4f} Batch_id={batch - 1} Accuracy={accuracy:.2f}", refresh=False)
-    bar.update(batch - bar.n)
 
 
 def _say_how_to_resume(error, folder):
