@@ -2,7 +2,7 @@
 # make test     run the tests, two at a time
 # make test-colab   run them with Google Colab's package versions; FULL=1: with its PyTorch as well
 # make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
-# make lint     ruff's check and format check
+# make lint     ruff's check and format check, and mypy over the package
 # make clean    delete the environments
 #
 # The first call installs into $(VENV). The notebook's constants are set by name:  make run EPOCHS=5 RECIPE=one_cycle
@@ -75,7 +75,7 @@ results: $(VENV)/installed
 	$(BIN)/python -m results.build $${DATA_ROOT:+"$$DATA_ROOT"}
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-colab .venv-colab-full
