@@ -2,7 +2,7 @@
 # make test     run the tests, two at a time
 # make test-colab   run them with Google Colab's package versions; FULL=1: with its PyTorch as well
 # make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
-# make lint     ruff's check and format check
+# make lint     ruff's check and format check, and mypy over the package
 # make clean    delete the environments
 #
 # The first call installs into $(VENV). The notebook's constants are set by name:  make run EPOCHS=5 RECIPE=one_cycle
@@ -12,20 +12,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 COLAB_PYTHON ?= python3.13
 COLAB = .venv-colab$(if $(filter-out 0,$(FULL)),-full)
-CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE CHECKPOINTS PROCESSES
+CONSTANTS = EPOCHS RECIPE BATCH_SIZE SEED DATA_ROOT DEVICE CHECKPOINTS
 SETTINGS = PYTHON VENV COLAB_PYTHON COLAB_TESTS FULL
 
-GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-$(foreach name,$(filter-out $(CONSTANTS) $(SETTINGS),$(GIVEN)),\
-	$(error $(name) is not a constant. Constants are $(CONSTANTS); settings of make are $(SETTINGS)))
-# The shell reads the values from its environment: it parses none of them, and make expands no dollar sign in them.
-# Make removes spaces in front of a value, nothing else.
-GIVEN := $(filter $(CONSTANTS),$(GIVEN))
-$(foreach name,$(GIVEN),$(if $(value $(name)),,$(error $(name) is empty: write $(name)=value, or leave it out)))
-$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
-$(if $(filter CHECKPOINTS,$(GIVEN)),$(if $(filter True False,$(value CHECKPOINTS)),,\
-	$(error CHECKPOINTS is $(value CHECKPOINTS): write CHECKPOINTS=True or CHECKPOINTS=False)))
-export $(GIVEN)
+# A misspelt name on the command line, such as EPOCH=5, is an error: make would ignore it.
+GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+UNKNOWN = $(filter-out $(CONSTANTS) $(SETTINGS),$(GIVEN))
+$(if $(UNKNOWN),$(error $(UNKNOWN): expected constants of the notebook ($(CONSTANTS)) or settings of make ($(SETTINGS))))
 
 .PHONY: run test test-colab results lint clean
 
@@ -37,11 +30,19 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
+# The shell sees the constants of the command line; $${X:+words} stands for the words if X is set and not empty.
+# -r passes a text as it is; -y reads a number, or True and False. Write $$$$ for a dollar sign in a value.
 run: $(VENV)/installed
 	mkdir -p runs
 	$(BIN)/papermill Session_8.ipynb runs/Session_8.ipynb --kernel python3 --no-progress-bar \
 		--stdout-file - --stderr-file - \
-		$(foreach name,$(GIVEN),-$(if $(filter DATA_ROOT,$(name)),r,p) $(name) "$$$(name)")
+		$${EPOCHS:+-y "EPOCHS: $$EPOCHS"} \
+		$${RECIPE:+-r RECIPE "$$RECIPE"} \
+		$${BATCH_SIZE:+-y "BATCH_SIZE: $$BATCH_SIZE"} \
+		$${SEED:+-y "SEED: $$SEED"} \
+		$${DATA_ROOT:+-r DATA_ROOT "$$DATA_ROOT"} \
+		$${DEVICE:+-r DEVICE "$$DEVICE"} \
+		$${CHECKPOINTS:+-y "CHECKPOINTS: $$CHECKPOINTS"}
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams runs/Session_8.ipynb
 	$(BIN)/jupyter nbconvert --to html --template-file docs/notebook.html.j2 runs/Session_8.ipynb
 
@@ -67,14 +68,14 @@ test-colab: $(COLAB)/installed
 	$(COLAB)/bin/python --version
 	$(COLAB)/bin/python -m pip freeze --disable-pip-version-check | \
 		grep -E '^(torch|torchvision|numpy|scipy|pandas|matplotlib|pillow|ipython|ipykernel|traitlets)=='
-	$(COLAB)/bin/python -m pytest tests/test_notebook.py -k "whole_notebook or alternative_texts" -s -q
+	$(COLAB)/bin/python -m pytest tests/test_notebook.py tests/test_make.py -k "whole_notebook or alternative_texts" -s -q
 	$(COLAB)/bin/python -m pytest -n 2 --dist loadgroup -m 'not xdist_group' -k 'not whole_notebook' $(COLAB_TESTS)
 
 results: $(VENV)/installed
-	$(BIN)/python results/build.py $(if $(value DATA_ROOT),"$$DATA_ROOT")
+	$(BIN)/python -m results.build $${DATA_ROOT:+"$$DATA_ROOT"}
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-colab .venv-colab-full

@@ -9,7 +9,7 @@ dependencies = ["torch", "numpy", "safetensors"]
 WEIGHTS = ("fast", "one_cycle")
 
 
-def advanced_cnn(weights=None, **arguments):
+def advanced_cnn(weights: str | None = None, **arguments) -> _AdvancedCNN:
     """Return an AdvancedCNN.
 
     weights: "fast" or "one_cycle" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode;

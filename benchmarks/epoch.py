@@ -1,117 +1,89 @@
-"""Time of a training epoch, compared with computing alone: `python benchmarks/epoch.py`.
+"""Time of a training epoch, compared with computing alone: `python -m benchmarks.epoch`.
 
-The limit is the same number of steps, of the same sizes, on one batch that stays on the device. An epoch is timed with
-albumentations and with the batched augmentation on the device. Also measures the peak memory of a training process;
---images and --workers take several numbers.
+An epoch is timed as `fit` trains it, with a test of few images. The limit is the same number of steps, of the same
+sizes, on one batch that stays on the device. Also measures the peak memory of a process that trains and tests one epoch
+on all images. Runs on Linux and macOS.
 """
 
 import contextlib
-import io
-import json
+import multiprocessing
+import os
+import resource
 import statistics
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from common import load_splits, load_training_split, make_parser, ratio, report, subset, time_alternately
 
+from benchmarks.common import load_splits, ratio, read_options, report, subset, time_alternately
 from model_AC import AdvancedCNN
-from session8.augment import as_batch_augmentation, train_transforms
+from session8.augment import train_transforms
 from session8.config import Config
 from session8.console import plural
 from session8.device import arithmetic, backend_flags, memory_format
-from session8.loaders import DeviceLoader, make_loader
-from session8.trainer import fit
-from session8.training import make_optimizer, make_scaler, train, train_step
+from session8.optim import make_optimizer, make_scaler
+from session8.training import fit, train_step
+
+TESTED = 100  # images
 
 
-def make_functions(split, config, device, workers):
-    """Return functions to time, by name: the limit, and an epoch of `train` for each way of loading.
-
-    The loaders are albumentations with each number of workers, and DeviceLoader. The workers are started, and the
-    kernels of each batch size are selected.
-    """
+def limit(split, config, device):
+    """Return a function that takes the steps of an epoch on one batch on the device."""
     torch.manual_seed(0)
-    model = AdvancedCNN().to(device, memory_format=memory_format(device))
+    model = AdvancedCNN().to(device, memory_format=memory_format(device)).train()
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
-    loaders = {
-        "ours" if n == 0 else f"ours, {plural(n, 'worker')}": make_loader(
-            split, config.batch_size, num_workers=n, device="cpu"
-        )
-        for n in workers
-    }
-    augmentation = as_batch_augmentation(train_transforms(config.cutout))
-    loaders["ours (device)"] = DeviceLoader(split, config.batch_size, augmentation, config.seed, device)
-    images, labels = next(iter(loaders["ours (device)"]))
-    images, labels = images.to(device), labels.to(device)
+    images = torch.from_numpy(split.images[: config.batch_size]).to(device)
+    labels = torch.from_numpy(split.labels[: config.batch_size]).to(device)
     sizes = [len(batch) for batch in torch.arange(len(split)).split(config.batch_size)]
 
-    def limit(sizes=sizes):
-        model.train()
+    def work():
         with backend_flags(config):
             for n in sizes:
                 train_step(model, images[:n], labels[:n], optimizer, scaler, config, device)
 
-    def epoch(loader):
-        def work():
-            with contextlib.redirect_stdout(io.StringIO()):
-                train(model, loader, optimizer, config, device, scaler=scaler)
+    return work
 
-        return work
 
-    for loader in loaders.values():
-        next(iter(loader))
-    limit([*set(sizes)] * 5)
-    return {"limit": limit, **{name: epoch(loader) for name, loader in loaders.items()}}
+def epoch(split, test_split, config, device, **loading):
+    """Return a function that trains an epoch with `fit`, and returns its seconds. loading: arguments of `fit`."""
+
+    def work():
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return fit(AdvancedCNN(), split, test_split, config, device, **loading)["seconds"][0]
+
+    return work
 
 
 def peak_memory(options):
-    """Train and test one epoch in a new process. Returns its peak resident set and the GPU's peak, in GB.
-
-    None for what the platform does not report.
-    """
-    command = [sys.executable, __file__, "--only-memory", "--device", str(options.device)]
-    command += ["--batch-size", str(options.batch_size)]
-    if options.data:
-        command += ["--data", options.data]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)  # its message is on standard error
-    return json.loads(done.stdout.splitlines()[-1])
+    """Train and test one epoch. Returns the peak resident set of this process, and the GPU's peak or None, in GB."""
+    epoch(*load_splits(options), Config(epochs=1, batch_size=options.batch_size), options.device)()
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = torch.cuda.max_memory_allocated(options.device) if options.device.type == "cuda" else None
+    return round(peak / 1e9, 2), gpu and round(gpu / 1e9, 2)
 
 
-def train_and_print_memory(options):
-    fit(AdvancedCNN(), *load_splits(options), Config(epochs=1, batch_size=options.batch_size), options.device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        peak = None
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
-    gpu = torch.cuda.max_memory_allocated(options.device) / 1e9 if options.device.type == "cuda" else None
-    print(json.dumps([peak, gpu and round(gpu, 2)]))
-
-
-def main():
-    parser = make_parser(__doc__, rounds=5, batch_size=128, images=[50_000], workers=[0])
-    parser.add_argument("--only-memory", action="store_true", help="train one epoch and print the peak memory")
-    options = parser.parse_args()
-    if options.only_memory:
-        return train_and_print_memory(options)
-    split = load_training_split(options, max(options.images))
+def main(arguments=None):
+    options = read_options(__doc__, arguments, rounds=5, batch_size=128, images=[50_000], workers=[])
     # First: on Linux a new process inherits the peak of the process that starts it, which is small now.
-    memory, gpu_memory = peak_memory(options)
-    config = Config(batch_size=options.batch_size)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as new_process:
+        memory, gpu_memory = new_process.submit(peak_memory, options).result()
+    train_split, test_split = load_splits(options, max(options.images))
+    config = Config(epochs=1, batch_size=options.batch_size)
     rows = []
     for n in options.images:
-        functions = make_functions(subset(split, n), config, options.device, options.workers)
-        times = time_alternately(functions, options.rounds, options.device, warm_up=False)
+        splits = subset(train_split, n), subset(test_split, min(TESTED, len(test_split)))
+        run = *splits, config, options.device
+        functions = {"limit": limit(splits[0], config, options.device), "ours": epoch(*run)}
+        for number in options.workers:
+            name = f"albumentations, {plural(number, 'worker')}"
+            functions[name] = epoch(*run, transform=train_transforms(config), num_workers=number)
+        times = time_alternately(functions, options.rounds, options.device)
         rows += [[f"{n:,}", name, statistics.median(times[name]), *ratio(times, name, "limit")] for name in times]
     notes = {"peak resident set (GB)": memory, "peak GPU memory (GB)": gpu_memory}
     notes["arithmetic"] = arithmetic(config.precision, options.device)
     columns = ["images", "epoch", "seconds", "range", "time / limit"]
-    report("epoch", options, split, columns, rows, **{key: value for key, value in notes.items() if value})
+    report("epoch", options, train_split, columns, rows, **{key: value for key, value in notes.items() if value})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training in two processes, compared with one: `python benchmarks/scaling.py`.
+"""Training in two processes, compared with one: `python -m benchmarks.scaling`.
 
 One batch of fixed size is trained on by one process, with one thread and with two, and by two processes with one thread
 each, which share it. The share of communication is the difference to a step without synchronisation. The throughput
@@ -11,13 +11,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from common import load_training_split, make_parser, ratio, report, subset, time_alternately
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.common import load_splits, ratio, read_options, report, subset, time_alternately
 from model_AC import AdvancedCNN
 from session8.config import Config
 from session8.device import arithmetic, backend_flags, memory_format
-from session8.training import make_optimizer, make_scaler, train_step
+from session8.optim import make_optimizer, make_scaler
+from session8.training import train_step
 
 LINKS = {  # bytes per second and direction
     "Ethernet, 1 Gbit/s": 0.125e9,
@@ -121,11 +122,11 @@ def measure(rank, options, split, store):
         print(f"{link}: a step of at least {1000 * least:.2f} ms; {rates}")
 
 
-def main():
-    options = make_parser(__doc__, steps=10, rounds=15, batch_size=128).parse_args()
+def main(arguments=None):
+    options = read_options(__doc__, arguments, steps=10, rounds=15, batch_size=128)
     if options.device.type != "cpu":
         raise SystemExit(f"device is {options.device}: this benchmark compares threads of a CPU; use --device cpu")
-    split = subset(load_training_split(options, options.batch_size), options.batch_size)
+    split = subset(load_splits(options, options.batch_size)[0], options.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(measure, (options, split, f"{folder}/store"), WORLD_SIZE)
 

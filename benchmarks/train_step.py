@@ -1,4 +1,4 @@
-"""Time of one training step, compared with a plain loop: `python benchmarks/train_step.py`.
+"""Time of one training step, compared with a plain loop: `python -m benchmarks.train_step`.
 
 Both train the same network on the same uint8 batch. The plain loop normalises on the CPU to float32 NCHW, computes in
 float32 and reads loss and accuracy after every step. Ours normalises on the device to channels_last and reads them
@@ -9,13 +9,14 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import load_training_split, make_parser, ratio, report, subset, time_alternately
 
+from benchmarks.common import load_splits, ratio, read_options, report, subset, time_alternately
 from model_AC import AdvancedCNN
 from session8.config import Config
 from session8.data import MEAN, STD
 from session8.device import arithmetic, backend_flags, memory_format
-from session8.training import make_optimizer, make_scaler, train_step
+from session8.optim import make_optimizer, make_scaler
+from session8.training import train_step
 
 
 def plain_loop(images, labels, device, steps):
@@ -40,7 +41,7 @@ def plain_loop(images, labels, device, steps):
 
 
 def our_loop(images, labels, device, steps, config):
-    """Return (work, model): `work()` takes `steps` steps as in `training.train`, and reads the results once."""
+    """Return (work, model): `work()` takes `steps` steps as in `fit`, and reads the results once."""
     torch.manual_seed(0)
     model = AdvancedCNN().to(device, memory_format=memory_format(device)).train()
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
@@ -53,15 +54,15 @@ def our_loop(images, labels, device, steps, config):
     return work, model
 
 
-def main():
-    options = make_parser(__doc__, steps=10, rounds=31, batch_size=128).parse_args()
-    batch = subset(load_training_split(options, options.batch_size), options.batch_size)
+def main(arguments=None):
+    options = read_options(__doc__, arguments, steps=10, rounds=31, batch_size=128)
+    batch = subset(load_splits(options, options.batch_size)[0], options.batch_size)
     images, labels = torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
-    arguments = images, labels, options.device, options.steps
+    inputs = images, labels, options.device, options.steps
     loops = {
-        "plain loop": plain_loop(*arguments)[0],
-        "ours, float32": our_loop(*arguments, Config(precision="float32"))[0],
-        "ours, auto": our_loop(*arguments, Config())[0],
+        "plain loop": plain_loop(*inputs)[0],
+        "ours, float32": our_loop(*inputs, Config(precision="float32"))[0],
+        "ours, auto": our_loop(*inputs, Config())[0],
     }
     times = time_alternately(loops, options.rounds, options.device)
     rows = [

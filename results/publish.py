@@ -1,4 +1,4 @@
-"""Publish finished runs: `python results/publish.py runs/HASH ...`, with --weights their weights too.
+"""Publish finished runs: `python -m results.publish runs/HASH ...`, with --weights their weights too.
 
 Copies the record of each run to this folder, under a name that says what it is. `make results` then writes the tables.
 """
@@ -10,30 +10,31 @@ import shutil
 import sys
 from pathlib import Path
 
-import build
+from results.build import NAMED, RESULTS, STYLES, recipe_name
+from session8.console import plural
+from session8.evaluation import VIEWS
 
-from session8.training import VIEWS
 
-
-def published_name(record):
+def published_name(record: dict) -> str:
     """Return the file name, without suffix, under which a record is published.
 
     Raises ValueError if it must not be: only whole runs of a named recipe on all training images of CIFAR-10, from
     start to end in one process with the code of one commit, are published.
     """
-    parts, commit, recipe = record.get("parts", []), record.get("commit") or "none", build.recipe_name(record)
-    processes = record.get("world_size", 1)
+    # Records of earlier versions list the parts of a run; one part is an unbroken run.
+    resumed = len(record["parts"]) - 1 if "parts" in record else record["resumed"]
+    recipe, commit, processes = recipe_name(record), record.get("commit") or "none", record.get("world_size", 1)
     images = f"{record['n_train']:,} and {record['n_test']:,} images of {record['data']}"
     checks = {
-        f"its network, {record['model']}, is not one of build.STYLES": record["model"] in build.STYLES,
-        "its recipe is not one of build.NAMED": recipe is not None,
+        f"its network is {record['model']}, not one of {', '.join(STYLES)}": record["model"] in STYLES,
+        f"its recipe is not one of {', '.join(NAMED)}": recipe is not None,
         f"its data are {images}": re.fullmatch("50,000 and 10,000 images of CIFAR-10(,.*)?", images),
         f"it has batches of {record['batch_size']} images, not 128": record["batch_size"] == 128,
         "it is not finished": len(record["history"]["seconds"]) == record["config"]["epochs"],
-        f"it was trained in {len(parts)} parts, not one": len(parts) == 1,
+        f"it was resumed {plural(resumed, 'time')}; only unbroken runs are": resumed == 0,
         f"it was trained by {processes} processes, not one": processes == 1,
         f"the commit of its code is {commit}": re.fullmatch("[0-9a-f]{40}", commit),
-        "it has no accuracy with several views": set(record.get("views", {})) == {str(n) for n in VIEWS[1:]},
+        "it has no accuracy with several views": set(record["views"]) == {str(n) for n in VIEWS[1:]},
     }
     for reason, passed in checks.items():
         if not passed:
@@ -41,7 +42,7 @@ def published_name(record):
     return "_".join([record["model"], *recipe.split(), f"seed{record['config']['seed']}", record["arithmetic"]])
 
 
-def publish(run, weights=False, results=build.RESULTS):
+def publish(run: str | Path, weights: bool = False, results: Path = RESULTS) -> Path:
     """Copy the record of the run in a folder, and its weights if asked for. Returns the path of the copy."""
     run = Path(run)
     try:

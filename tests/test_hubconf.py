@@ -23,7 +23,7 @@ def test_torch_hub_loads_the_published_weights(weights):
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
-def test_torch_hub_would_list_one_entry():
+def test_torch_hub_lists_one_entry():
     assert [name for name, value in vars(hubconf).items() if callable(value) and name[0] != "_"] == ["advanced_cnn"]
 
 
@@ -32,8 +32,13 @@ def test_torch_hub_makes_a_new_network():
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7) and model.width == 0.5
 
 
-def test_bad_input_weights():
-    with pytest.raises(ValueError, match="weights is 'best'; expected one of 'fast', 'one_cycle', or None"):
-        hubconf.advanced_cnn(weights="best")
-    with pytest.raises(ValueError, match="weights='fast' fixes the network: leave out width"):
-        hubconf.advanced_cnn(weights="fast", width=2.0)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"weights": "best"}, "weights is 'best'; expected one of 'fast', 'one_cycle', or None"),
+        ({"weights": "fast", "width": 2.0}, "weights='fast' fixes the network: leave out width"),
+    ],
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        hubconf.advanced_cnn(**arguments)

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
-from bs4 import BeautifulSoup
 from fakes import class_folders
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
@@ -27,7 +26,6 @@ from packaging.requirements import Requirement
 from model_AC import AdvancedCNN
 from session8 import data, records, training
 from session8.config import Config
-from session8.records import describe_record
 from session8.trainer import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,11 +78,6 @@ def test_the_smoke_run_of_nbmake_is_short_and_trains():
     assert cell.metadata.nbmake.mock == {"EPOCHS": 2, "BATCH_SIZE": 20, "CHECKPOINTS": False}
 
 
-def test_make_sets_the_constants():
-    names = re.search(r"^CONSTANTS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
-    assert set(names) <= set(parameters()) and {"EPOCHS", "RECIPE"} <= set(names)
-
-
 def test_is_committed_with_the_outputs_of_a_complete_run():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell.outputs]
@@ -100,21 +93,6 @@ def test_its_outputs_are_of_the_real_images_and_name_no_local_path():
     assert "\r" not in text
     epochs, accuracy = re.search(r"(\d+) of \d+ epochs on CIFAR-10.* test (\d+\.\d+) %", text).groups()
     assert int(epochs) >= 2 and float(accuracy) >= 60
-
-
-def test_its_run_is_that_of_its_record_and_equals_the_published_one():
-    text = "\n".join(output.text for cell in CODE for output in cell.outputs if output.output_type == "stream")
-    published, record = (
-        json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
-        for name in ("AdvancedCNN_default_seed0_bfloat16.json", "notebook/record.json")
-    )
-    for name in ("train_loss", "test_loss", "test_accuracy"):
-        assert record["history"][name] == published["history"][name]
-    assert re.search(r"Fingerprint of images and labels: (\w+)", text)[1] == published["data_fingerprint"]
-    history = published["history"]
-    for n, accuracy in enumerate(history["test_accuracy"], start=1):
-        assert f"Accuracy: {round(100 * accuracy)}/10000 ({accuracy:.2f}%)" in text.split(f"Epoch {n}\n")[1]
-    assert describe_record(record) in text and len(record["parts"]) == 1 and len(history["test_accuracy"]) == 40
 
 
 def test_its_folder_follows_from_recipe_network_augmentation_and_data(monkeypatch):
@@ -455,73 +433,6 @@ def test_colabs_versions_meet_the_requirements():
     assert {"torch", "torchvision", "albumentations", "matplotlib", "safetensors"} <= colab.keys() & {
         line.name for line in required
     }
-
-
-# -- make --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Return a function that runs make in a copy of what `make run` needs, with a papermill that copies the notebook.
-
-    jupyter: source of that program. The function returns make's result, and the arguments of papermill.
-    """
-    (tmp_path / "docs").mkdir()
-    for name in ("requirements.txt", "Makefile", "docs/notebook.html.j2"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    image = {"image/png": base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()}
-    outputs = [nbformat.v4.new_output("display_data", image, metadata={"image/png": {"alt": text}}) for text in TEXTS]
-    outputs.append(nbformat.v4.new_output("display_data", image))
-    nbformat.write(
-        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=outputs)]), tmp_path / "Session_8.ipynb"
-    )
-    programs = tmp_path / "environment" / "bin"
-    programs.mkdir(parents=True)
-    (tmp_path / "environment" / "installed").touch()
-
-    def run(*arguments, jupyter=""):
-        for name, program in {"papermill": PAPERMILL, "jupyter": jupyter}.items():
-            (programs / name).write_text(f"#!{sys.executable}\n{program}")
-            (programs / name).chmod(0o755)
-        environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
-        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-        done = subprocess.run(["make", "run", "VENV=environment", *arguments], **options)
-        received = tmp_path / "arguments.json"
-        return done, json.loads(received.read_text()) if received.exists() else None
-
-    return run
-
-
-PAPERMILL = """
-import json, shutil, sys
-json.dump(sys.argv[1:], open("arguments.json", "w"))
-shutil.copy(*sys.argv[1:3])
-"""
-TEXTS = ["Loss: train 0.177, test 0.345.", "a \"quoted\" <b> & 'x' > \\1 {{ y }} <img "]
-
-
-def test_make_run_writes_a_page_with_the_alternative_texts(make, tmp_path):
-    done, _ = make(jupyter="from jupyter_core.command import main; main()")
-    assert done.returncode == 0, done.stderr
-    page = BeautifulSoup((tmp_path / "runs" / "Session_8.html").read_text(encoding="utf-8"), "html.parser")
-    assert [image["alt"] for image in page.select("img")][:2] == TEXTS
-    assert len(page.select("img")) == 3
-
-
-@pytest.mark.parametrize(
-    "folder", ["/x/it's here", '/x/"a" `b` $HOME $(c) ${d} $', "/x/#1; echo \\ & | > * ? ~ ! %s", "/é 猫\n/=b ", "2024"]
-)
-def test_make_run_passes_values_as_they_are(make, folder):
-    _, arguments = make(f"DATA_ROOT={folder}", "EPOCHS=5")
-    assert arguments[9:] == ["-p", "EPOCHS", "5", "-r", "DATA_ROOT", folder]
-
-
-@pytest.mark.parametrize("argument", ["EPOCH=5", "epochs=5", "EPOCHS=", "DATA=/x"])
-def test_make_run_refuses_what_is_no_constant(make, argument):
-    done, arguments = make(argument)
-    name = argument.partition("=")[0]
-    expected = "EPOCHS is empty" if name == "EPOCHS" else f"{name} is not a constant. Constants are EPOCHS RECIPE"
-    assert done.returncode and expected in done.stderr and arguments is None
 
 
 def test_a_checkout_on_windows_keeps_line_ends(tmp_path):

@@ -217,13 +217,3 @@ def test_the_command_without_its_data_says_so(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "missing' is not" not in done.stdout
     assert re.fullmatch(r"root is '.*missing', which is not a directory. Pass a folder .*\n", done.stderr)
-
-
-def test_resnet20_has_a_command_with_the_same_options():
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "train_resnet20.py", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0 and "--recipe" in done.stdout and "--weight-decay" in done.stdout
