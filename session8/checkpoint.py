@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import tempfile
 import time
 import uuid
 import warnings
@@ -97,10 +98,11 @@ def save_checkpoint(folder: Path | str, state: dict) -> None:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run to a folder, or nowhere if it is None. A failure is printed; training goes on.
+    """Writes the checkpoints of a run to a folder, or nowhere if it is None. A failure is printed, not raised.
 
-    identity: of the run, from `records.run_identity`. seconds: least interval between checkpoints; None: 30, or 300 on
-    Google Drive in Colab. step: that of the newest checkpoint in the folder.
+    identity: of the run, from `records.run_identity`. seconds: minimum interval between checkpoints; None: 30, or 300
+    on Google Drive in Colab. step: of the newest checkpoint in the folder, -1 if there is none; states of earlier steps
+    are not written.
     """
 
     def __init__(self, folder: Path | str | None, identity: dict, seconds: float | None = None, step: int = -1):
@@ -122,7 +124,8 @@ class CheckpointWriter:
             save_checkpoint(self.folder, {"identity": self.identity, **state})
             self.step = state["step"]
         except OSError as error:
-            print(f"\nCheckpoint not written ({error}). Training continues; the last good one is kept.", flush=True)
+            remedy = "free some space, or delete old runs. The previous checkpoint, if any, is unchanged"
+            print(f"\nCheckpoint not written to '{self.folder}' ({error}): {remedy}.", flush=True)
         self.written = time.monotonic()
 
 
@@ -161,8 +164,9 @@ def load_checkpoint(folder: Path | str, identity: dict | None = None) -> dict | 
 def check_writable(folder: Path | str) -> None:
     """Raise CheckpointError unless checkpoints can be written to `folder`, which is created if necessary."""
     try:
-        write_file(Path(folder) / "writable", b"")
-        (Path(folder) / "writable").unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
     except OSError as error:
         raise CheckpointError(f"'{folder}' cannot be written ({error}): choose another folder") from error
 

@@ -26,19 +26,11 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     # Unfused, SGD synchronises with the GPU in every step that scales the loss for float16.
     fused = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    add_momentum(optimizer)
+    if config.momentum:
+        # If the first step of float16 overflows, the fused kernel skips it and leaves new buffers uninitialised.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def add_momentum(optimizer):
-    """Give each parameter without a momentum buffer a buffer of zeros.
-
-    If the first step of float16 overflows, the fused kernel skips it and leaves new buffers uninitialised.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            if optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def make_scaler(config: Config, device: torch.device | str) -> torch.amp.GradScaler:

@@ -7,6 +7,7 @@ import math
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -25,11 +26,9 @@ from session8.device import arithmetic, device_name
 from session8.network import count_macs, count_parameters, training_pflop
 
 PACKAGE = Path(__file__).resolve().parent
-# The files that shape the result of a run, besides that of the network.
-SOURCES = [
-    PACKAGE / f"{name}.py"
-    for name in ("config", "augment", "loaders", "optim", "state", "training", "evaluation", "distributed")
-]
+# Source files whose hashes are stored with a run, besides the network's.
+SHAPING = ("config", "device", "augment", "loaders", "optim", "state", "training", "evaluation", "distributed")
+SOURCES = [PACKAGE / f"{name}.py" for name in SHAPING]
 # Read at import: a file that is edited later is not the code that runs.
 AS_IMPORTED = {path: path.read_bytes() for path in (PACKAGE.parent / "model_AC.py", *SOURCES) if path.is_file()}
 EDITED = "edited since the import"  # stands for the hash of a file that differs from the one that was imported
@@ -121,7 +120,8 @@ def source_hashes(model: nn.Module) -> dict[str, str]:
     hashes = {f"layers of {network.__name__}": _sha256(repr(model).encode())}
     if file is None:
         methods = [method for method in vars(network).values() if inspect.isfunction(method)]
-        hashes[f"{network.__name__} in a notebook"] = _sha256("".join(map(inspect.getsource, methods)).encode())
+        with suppress(OSError):  # code that was never in a cell
+            hashes[f"{network.__name__} in a notebook"] = _sha256("".join(map(inspect.getsource, methods)).encode())
     files = {f"session8/{path.name}": path for path in SOURCES}
     for name, path in {**({Path(file).name: Path(file).resolve()} if file else {}), **files}.items():
         on_disk = path.read_bytes() if path.is_file() else b""

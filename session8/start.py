@@ -1,7 +1,4 @@
-"""Before the first step: check the arguments, load the newest checkpoint, and print what is going to happen.
-
-All that can be found wrong is found here, on all ranks, before any work is lost.
-"""
+"""Before the first step: check the arguments, build loaders and state, load the newest checkpoint, print a summary."""
 
 import warnings
 from pathlib import Path
@@ -25,9 +22,9 @@ from session8.state import TrainingState
 
 
 def prepare(model, train_split, test_split, config, device, checkpoint_dir, checkpoint_seconds, transform, num_workers):
-    """Check the arguments, load the newest checkpoint, and print what is going to happen.
+    """Check the arguments, build loaders and state, load the newest checkpoint, and print a summary.
 
-    Returns (TrainingState, training loader, test loader, CheckpointWriter).
+    An error of one rank is raised on all. Returns (TrainingState, training loader, test loader, CheckpointWriter).
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.raise_together():
@@ -57,7 +54,11 @@ def prepare(model, train_split, test_split, config, device, checkpoint_dir, chec
         "world_size": world_size,
         "devices": distributed.gather(f"{device_name(device)}, {arithmetic(config.precision, device)}"),
     }
-    settings = {"device type": device.type, "arithmetic": now["arithmetic"], "augmentation": now["augmentation"]}
+    settings = {
+        "device type": device.type,
+        "arithmetic": now["arithmetic"],
+        "kind of augmentation": now["augmentation"],
+    }
     first, *others = distributed.gather({**settings, **identity})
     for index, other in enumerate(others, start=1):
         if different := differences(first, other):
@@ -146,16 +147,18 @@ def epochs_done(step, steps_per_epoch):
     return plural(step / steps_per_epoch, "epoch", ".4g")
 
 
-def epoch_line(config, epoch, seconds=()):
-    """Return the log's first line of an epoch. seconds: of the epochs before, to estimate what is left."""
+def epoch_line(config, epoch, fraction=0.0, seconds=()):
+    """Return the log's first line of an epoch, with an estimate of the time left.
+
+    fraction: of the epoch, that is done. seconds: of each epoch before; if there is none, there is no estimate.
+    """
     line = f"Epoch {epoch + 1}"
     if config.low_res_epochs:
         line += f" ({config.image_size(epoch)} by {config.image_size(epoch)} pixels)"
-    if seconds:
-        done = config.progress(epoch)  # by pixels: epochs of small images are shorter
-        left = seconds[-1] / (done - config.progress(epoch - 1)) * (1 - done)
-        minutes = plural(round(left / 60), "minute") if left >= 90 else plural(round(left), "second")
-        line += f", about {minutes} left"
+    if seconds:  # progress counts pixels: epochs of small images are shorter
+        speed = (config.progress(epoch) - config.progress(epoch - 1)) / seconds[-1]
+        left = (1 - config.progress(epoch + fraction)) / speed
+        line += f", about {plural(round(left / 60), 'minute') if left >= 90 else plural(round(left), 'second')} left"
     return line
 
 

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from session8 import distributed
 from session8.config import Config
-from session8.optim import add_momentum, make_optimizer, make_scaler
+from session8.optim import make_optimizer, make_scaler
 
 METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")  # per epoch, in the history
 
@@ -40,8 +40,8 @@ class TrainingState:
         if self.average is not None:
             get_ema_multi_avg_fn(decay)(_averaged(self.average), _averaged(self.model), None)
 
-    def share_statistics(self) -> None:
-        """Copy the counters of batch norm to the average, and give every rank the statistics of rank 0."""
+    def sync_buffers(self) -> None:
+        """Copy integer buffers, such as batch norm's counters, to the average, then all buffers from rank 0."""
         if self.average is not None:
             for kept, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 if not (kept.is_floating_point() or kept.is_complex()):
@@ -84,7 +84,6 @@ class TrainingState:
             for name, value in entry.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     entry[name] = torch.empty_like(parameter).copy_(value)  # fused SGD needs the parameter's strides
-        add_momentum(self.optimizer)  # the checkpoint may be from before the first step
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]

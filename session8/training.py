@@ -1,7 +1,7 @@
-"""Training: `fit` is the whole loop, from the first step to the last. What it calls follows in the order of use.
+"""Training: `fit` is the whole loop, `train_step` one step of it.
 
-The path of an image: uint8 in the split, an augmented uint8 batch on the device, normalised there, CNN,
-log-probabilities, negative log-likelihood (NLL), SGD.
+Data flow: uint8 images; augmented uint8 batches, made on the host or by a DeviceLoader on the GPU; normalisation on the
+device; network; log-probabilities; negative log-likelihood (NLL); SGD.
 """
 
 import math
@@ -27,7 +27,7 @@ from session8.evaluation import test
 from session8.optim import set_lr
 from session8.start import epoch_line, epochs_done, prepare
 
-REFRESH_STEPS, REFRESH_STEPS_ON_CPU = 20, 4  # of the progress bar: between them nothing waits for the device
+REFRESH_STEPS, REFRESH_STEPS_ON_CPU = 20, 4  # between two reads of the loss; until then nothing waits for the device
 
 
 def fit(
@@ -50,7 +50,8 @@ def fit(
 
     Under torchrun, or with a process group of the caller's, the processes share each batch (PyTorch's
     DistributedDataParallel) and the test images. All must make the same call. Rank 0 prints, and reads and writes
-    checkpoints. Each parameter must then take part in each step. On CUDA the model is updated at the end only.
+    checkpoints. Every trainable parameter must then receive a gradient in every step. On CUDA a copy with synchronised
+    batch norm is trained, and `model` is overwritten at the end.
 
     Args:
         model: any module from float (B, 3, 32, 32) to log-probabilities or logits (B, C). Modules must change their
@@ -60,15 +61,17 @@ def fit(
         checkpoint_dir: folder of checkpoints. If it holds some of the same run, training resumes, with any number of
             processes; a finished run is not trained again. The weights of the model are then replaced. With one process
             on one CPU the result is bitwise equal to an uninterrupted run.
-        checkpoint_seconds: least interval between checkpoints (0: at every refresh of the progress bar); they are also
-            written at the end of training and on Ctrl-C. None: 30, or 300 on Google Drive in Colab.
+        checkpoint_seconds: minimum interval between checkpoints (0: every few steps); they are also written at the end
+            of training and on Ctrl-C. None: 30, or 300 on Google Drive in Colab.
         transform: an albumentations transform that replaces crop, flip and cutout of the recipe; see `make_loader`.
         num_workers: of the training loader; the result does not depend on it.
-        on_epoch: called with the history after each epoch, on rank 0. An exception that it raises ends training.
+        on_epoch: called with the history after each epoch, on rank 0. An exception that it raises ends training; the
+            model then has the weights that were tested.
 
-    Returns the history, a dict of lists with one number per epoch: `train_loss`, `test_loss` (mean NLL),
-    `train_accuracy`, `test_accuracy` (percent), `lr` (of the last step), `seconds` (with the test). Training values are
-    measured on augmented images, with dropout, while the weights change. The entry `run` is a dict for `write_record`.
+    Returns the history, a dict of lists with one number per epoch, shorter after Ctrl-C: `train_loss`, `test_loss`
+    (mean NLL), `train_accuracy`, `test_accuracy` (percent), `lr` (of the last step), `seconds` (with the test). Those
+    of training are measured on augmented images, with dropout, while the weights change. The entry `run` is a dict for
+    `write_record`.
 
     Raises ValueError for a device that is not available, a negative checkpoint_seconds or number of workers, and for a
     network that cannot be saved, cannot take the smallest batch, or has not one output per class;
@@ -81,16 +84,18 @@ def fit(
             model, train_split, test_split, config, device, checkpoint_dir, checkpoint_seconds, transform, num_workers
         )
         rank, world_size, steps_per_epoch = distributed.rank(), distributed.world_size(), len(train_loader)
-        network = state.model if world_size == 1 else DistributedDataParallel(state.model, gradient_as_bucket_view=True)
+        network = state.model  # what takes the steps
+        if world_size > 1:  # gradients are averaged over the ranks, and each forward pass uses the buffers of rank 0
+            network = DistributedDataParallel(state.model, gradient_as_bucket_view=True)
         # Sums since the last refresh, on the device: of the loss over images, and of correct predictions.
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         refresh_steps = REFRESH_STEPS_ON_CPU if device.type == "cpu" else REFRESH_STEPS
-        last_epoch = deepcopy(state.state_dict())  # what Ctrl-C restores
+        snapshot = deepcopy(state.state_dict())  # what Ctrl-C restores: the state after an epoch, or of the start
 
         try:
-            while state.step < config.epochs * steps_per_epoch:
-                epoch, batch = divmod(state.step, steps_per_epoch)  # batch > 0 if training resumes within an epoch
-                print(epoch_line(config, epoch, state.history["seconds"]), flush=True)
+            for epoch in range(state.step // steps_per_epoch, config.epochs):
+                batch = state.step % steps_per_epoch  # not 0 if training resumes within the epoch
+                print(epoch_line(config, epoch, batch / steps_per_epoch, state.history["seconds"]), flush=True)
                 started = time.perf_counter() - state.seconds
                 train_loader.set_epoch(epoch, start=batch)
                 network.train()
@@ -112,7 +117,7 @@ def fit(
                     batch += 1
 
                     if batch % refresh_steps == 0 or batch == steps_per_epoch:
-                        # The only place in an epoch that waits for the device.
+                        # Between the steps of an epoch, only this and saving wait for the device.
                         read = torch.stack([*sums, loss * len(labels)])
                         loss_sum, hits, last_loss = distributed.sum_over_ranks(read).tolist()
                         sums.zero_()
@@ -128,7 +133,7 @@ def fit(
                                 raise TrainingDiverged("a weight became NaN or infinite", epoch, batch, batch, lr)
                             checkpoints.save(state.state_dict())
 
-                state.share_statistics()
+                state.sync_buffers()
                 test_loss, test_accuracy = test(state.result, test_loader, config, device)
                 if not math.isfinite(test_loss) or not state.is_finite():
                     raise TrainingDiverged("the test loss or a weight became NaN or infinite", epoch, batch, batch, lr)
@@ -140,22 +145,25 @@ def fit(
                     lr=lr,
                     seconds=time.perf_counter() - started,
                 )
-                last_epoch = deepcopy(state.state_dict())
+                snapshot = deepcopy(state.state_dict())
                 if checkpoints.due() or epoch == config.epochs - 1:
-                    checkpoints.save(last_epoch)
+                    checkpoints.save(snapshot)
                 if on_epoch is not None and rank == 0:
                     on_epoch(state.history)
         except KeyboardInterrupt:
-            state.load_state_dict(last_epoch)
-            checkpoints.save(last_epoch)  # unless there is a newer one, from within the interrupted epoch
+            state.load_state_dict(snapshot)
+            checkpoints.save(snapshot)  # does nothing if a later step of the interrupted epoch was saved
             print(f"\nInterrupted: history and weights are those after {epochs_done(state.step, steps_per_epoch)}.")
         except RuntimeError as error:
-            _say_how_to_resume(error, checkpoint_dir)
+            if world_size > 1:
+                error.add_note(f"Rank {rank} of {world_size}. If another rank ended first, see its message.")
+            if checkpoints.step >= 0 and not isinstance(error, TrainingDiverged):  # which would diverge again
+                error.add_note(f"The same call resumes from the last checkpoint in '{checkpoint_dir}'.")
             raise
-
-        if state.result is not model:
-            model.load_state_dict(state.result.state_dict())
-        model.eval()
+        finally:
+            if state.result is not model:
+                model.load_state_dict(state.result.state_dict())
+            model.eval()
         return state.history
 
 
@@ -204,16 +212,8 @@ class TrainingDiverged(RuntimeError):
     """The loss or a weight is NaN or infinite. The message names the steps, the learning rate and the remedy."""
 
     def __init__(self, what: str, epoch: int, batches: int, steps: int, lr: float):
-        """batches: done in the epoch, counted from 0. steps: how many of them may be the cause."""
+        """batches: number of batches completed in this epoch. steps: number of batches since the last check."""
         super().__init__(
             f"{what} in epoch {epoch + 1}, Batch_id={max(0, batches - steps)} to {batches - 1}, at a learning rate of "
             f"{lr:.4g}: use a smaller lr, or schedule='one_cycle', which starts with a small one"
         )
-
-
-def _say_how_to_resume(error, folder):
-    """Add notes to an error that ends training."""
-    if (world_size := distributed.world_size()) > 1:
-        error.add_note(f"Rank {distributed.rank()} of {world_size}. If another rank ended first, see its message.")
-    if folder is not None and not isinstance(error, TrainingDiverged):  # which would diverge again
-        error.add_note(f"The same call resumes from the last checkpoint in '{folder}'.")
