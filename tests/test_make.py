@@ -39,18 +39,24 @@ def make(tmp_path):
     return run
 
 
+FOLDER = '/it\'s "a" `b` #1; echo \\ & | > * ? ~ ! %s/é 猫\n/=b '
+
+
 @pytest.mark.parametrize(
-    "constants",
+    "arguments, constants",
     [
-        {},
-        {"EPOCHS": 5, "RECIPE": "one_cycle", "BATCH_SIZE": 64, "SEED": 7, "DEVICE": "cpu", "CHECKPOINTS": False},
-        {"DATA_ROOT": '/it\'s "a" `b` #1; echo \\ & | > * ? ~ ! %s/é 猫\n/=b '},
-        {"DATA_ROOT": "2024", "CHECKPOINTS": True},
+        ([], {}),
+        (
+            ["EPOCHS=5", "RECIPE=one_cycle", "BATCH_SIZE=64", "SEED=7", "DEVICE=cpu", "CHECKPOINTS=no"],
+            {"EPOCHS": 5, "RECIPE": "one_cycle", "BATCH_SIZE": 64, "SEED": 7, "DEVICE": "cpu", "CHECKPOINTS": False},
+        ),
+        ([f"DATA_ROOT={FOLDER}", "CHECKPOINTS=True"], {"DATA_ROOT": FOLDER, "CHECKPOINTS": True}),
+        (["DATA_ROOT=2024", "EPOCHS="], {"DATA_ROOT": "2024"}),
     ],
 )
-def test_make_run_sets_the_constants_of_the_notebook(constants, make, tmp_path):
+def test_make_run_sets_the_constants_of_the_notebook(arguments, constants, make, tmp_path):
     assert constants.keys() <= papermill.inspect_notebook(str(ROOT / "Session_8.ipynb")).keys()
-    done = make(*(f"{name}={value}" for name, value in constants.items()))
+    done = make(*arguments)
     assert done.returncode == 0, done.stderr
     notebook = nbformat.read(tmp_path / "runs" / "Session_8.ipynb", as_version=4)
     assert notebook.metadata.papermill.parameters == constants
