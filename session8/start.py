@@ -69,7 +69,8 @@ def prepare(model, train_split, test_split, config, device, checkpoint_dir, chec
     weights, trained_before = weights_fingerprint(model), was_trained(model)
     if saved is None:
         print(f"Initial weights: {weights}{', of a network that was in training mode before' * trained_before}")
-        initial = {"initial_weights": weights, "trained_before": trained_before}
+        own = None if transform is None else identity["augmentation"]
+        initial = {"initial_weights": weights, "trained_before": trained_before, "transform": own}
         state.history["run"] = {"resumed": 0, **initial, "first_start": now, **now}
     else:
         state.load_state_dict(saved)
