@@ -18,9 +18,8 @@ from session8.training import fit, train_step
 from session8.evaluation import accuracy_by_views, collect_logits, test
 # Saved weights, the record of a run, and runs side by side.
 from session8.checkpoint import load_model, save_model
-from session8.records import (
-    data_fingerprint, describe_record, final_metrics, read_runs, runs_table, write_record,
-)
+from session8.records import data_fingerprint, describe_record, final_metrics, write_record
+from session8.runs import read_runs, runs_table
 # Error analysis.
 from session8.analysis import (
     calibration, class_accuracy, confusion_matrix, grad_cam_pairs, misclassified, most_confused,

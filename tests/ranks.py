@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from networks import Linear
+from session8.trainer import fit
 
 from model_AC import AdvancedCNN
 from session8 import checkpoint, data, device, distributed, trainer, training
 from session8.config import Config
 from session8.data import Split
 from session8.loaders import make_loader
-from session8.trainer import fit
 
 # Of 130 images: five batches of 25, and one of 5. With all that a recipe can ask for.
 RECIPE = Config(

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from networks import Linear, same_weights, small_network
+from session8.trainer import fit
 
 from model_AC import AdvancedCNN
 from session8.checkpoint import (
@@ -28,7 +29,6 @@ from session8.checkpoint import (
 )
 from session8.config import Config
 from session8.data import CLASSES
-from session8.trainer import fit
 
 if os.name == "posix":
     import processes

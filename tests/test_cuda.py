@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_cuda import fake_cuda
 from networks import EXACT, Linear, same_weights, small_network
+from session8.trainer import Trainer, fit
 
 from model_AC import AdvancedCNN
 from session8 import trainer, training
@@ -18,7 +19,6 @@ from session8.config import RECIPES, Config
 from session8.data import CLASSES, synthetic_cifar10
 from session8.loaders import DeviceLoader
 from session8.lr_finder import estimate_seconds
-from session8.trainer import Trainer, fit
 
 CAPABILITIES = {"bfloat16": (8, 0), "float16": (7, 5)}
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from networks import CPU, EXACT, Linear
+from session8.trainer import Trainer, fit
 
 from session8.config import Config
 from session8.device import amp_dtype, arithmetic, autocast, available_cores, backend_flags, get_device, memory_format
 from session8.inference import predict
-from session8.trainer import Trainer, fit
 
 
 def test_the_default_device_is_the_first_available(monkeypatch):

@@ -8,13 +8,13 @@ import torch
 from fakes import class_folders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from session8.evaluate import evaluate, main
 
 from model_AC import AdvancedCNN
 from session8 import training
 from session8.checkpoint import load_model, save_model
 from session8.config import Config
 from session8.data import CLASSES, load_cifar10
-from session8.evaluate import evaluate, main
 from session8.loaders import make_loader
 from session8.training import VIEWS
 

@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 
 import pytest
 from fakes import class_folders
+from session8.launch import run_command, torchrun_command
 
 import train
 from session8.config import RECIPES, Config
-from session8.launch import run_command, torchrun_command
 
 OTHER = {int: 7, float: 0.5, bool: True, int | None: 9}
 

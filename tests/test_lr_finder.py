@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
+from session8.trainer import fit
 
 from session8 import lr_finder, plots, trainer
 from session8.checkpoint import save_checkpoint
@@ -14,7 +15,6 @@ from session8.config import Config
 from session8.data import MEAN, STD, Split
 from session8.loaders import make_loader
 from session8.lr_finder import _valley, estimate_seconds, lr_range_test
-from session8.trainer import fit
 
 
 def test_estimate_leaves_everything_as_it_was(synthetic):

@@ -23,7 +23,8 @@ from model_AC import AdvancedCNN
 from session8 import records, start
 from session8.config import Config
 from session8.data import Split, synthetic_cifar10
-from session8.records import describe_record, final_metrics, read_runs, runs_table, source_hashes, write_record
+from session8.records import describe_record, final_metrics, source_hashes, write_record
+from session8.runs import read_runs, runs_table
 from session8.start import run_folder
 from session8.training import fit
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from networks import CPU, EXACT, Linear, same_weights, small_network
+from session8.trainer import Trainer, fit
 from test_checkpoint import damage
 from torch import nn
 
@@ -24,7 +25,6 @@ from session8.checkpoint import CheckpointError, load_checkpoint, save_checkpoin
 from session8.config import Config
 from session8.data import Split
 from session8.loaders import make_loader
-from session8.trainer import Trainer, fit
 from session8.training import TrainingDiverged
 
 if os.name == "posix":

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
+from session8.trainer import fit
 
 from model_AC import AdvancedCNN
 from session8 import training
@@ -12,7 +13,6 @@ from session8.config import Config
 from session8.data import Split
 from session8.inference import predict
 from session8.loaders import make_loader
-from session8.trainer import fit
 from session8.training import collect_logits
 
 # -- one step ------------------------------------------------------------------------------------------------------
