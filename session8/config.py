@@ -169,8 +169,9 @@ class Config:
         """
         return min(self.ema_decay, (1 + step) / (10 + step)) if step else 0.0
 
-    def lr_at(self, progress):
-        """Return the learning rate at `progress`, the fraction of training that is done, in [0, 1]."""
+    def lr_at(self, step, steps_per_epoch):
+        """Return the learning rate in a step of training, counted from 0: the value in the middle of the step."""
+        progress = self.progress(step // steps_per_epoch + (step % steps_per_epoch + 0.5) / steps_per_epoch)
         if self.schedule == "constant":
             return self.lr
         rise = self.lr_start + (1 - self.lr_start) * progress / self.warmup
