@@ -67,12 +67,23 @@ def position_coded(n):
     return data.Split(np.repeat(image[None], n, axis=0), np.arange(n) % 10, "position-coded")
 
 
-def read_positions(images):
-    """Read from crops of position-coded images the offsets (row, column) in 0..8, and whether they were flipped."""
-    images = np.asarray(images).astype(int)
-    flipped = images[:, 16, 17, 1] < images[:, 16, 16, 1]
-    column = np.where(flipped, images[:, 16, 15, 1], images[:, 16, 16, 1])  # the crop's column 16 before the flip
-    return images[:, 16, 16, 0] - 1 - 16 + 4, column - 1 - 16 + 4, flipped
+def read_draws(images, padding=4):
+    """Read from augmented position-coded images what was drawn for each: crop (top, left), flip, hole (top, left).
+
+    padding: the pixels of zeros on each side before the crop. Returns five arrays of integers (N,); the hole's are 0
+    without one.
+    """
+    images = np.asarray(images)
+    hidden = images[..., 2] != 255  # by zeros of the padding, or by the mean colour of the hole
+    hole = hidden & (images[..., 2] != 0)
+    positions = np.where(hidden[..., None], -1000, images[..., :2].astype(np.int16) - 1 + padding)
+    rows, columns = np.indices((32, 32), dtype=np.int16)
+    top, left = (positions - np.stack([rows, columns], axis=-1)).max((1, 2)).astype(int).T
+    left_if_mirrored = (positions[..., 1] + columns).max((1, 2)) - 31
+    # Of a mirrored image, the difference between position and column is not the same in all columns.
+    flip = (~hidden & (positions[..., 1] - columns != left[:, None, None])).any((1, 2))
+    left = np.where(flip, left_if_mirrored, left)
+    return top, left, flip.astype(int), hole.any(2).argmax(1), hole.any(1).argmax(1)
 
 
 RAMP = np.arange(1024, dtype=np.uint16).reshape(32, 32)  # a value per pixel
