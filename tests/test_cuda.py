@@ -75,7 +75,7 @@ def test_nothing_is_copied_or_read_outside_the_refresh(recipe, arithmetic, few, 
     with fake_cuda(CAPABILITIES[arithmetic]) as events:
         network = AdvancedCNN(width=0.25) if arithmetic == "bfloat16" else TinyNetwork()
         run = fit(network, *few, config, "cuda")["run"]
-        # Per epoch of six steps: the plan of the batches, from pinned memory; and two refreshes, the last of them early.
+        # Per epoch of six steps: the plan of the batches, from pinned memory; and two refreshes.
         assert in_epochs(events) == {("to device", "to(60, 6)", False): 2, ("read", "tolist", True): 4}
     assert (run["arithmetic"], run["augmentation"]) == (arithmetic, "batched on cuda")
 
