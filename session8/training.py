@@ -122,7 +122,8 @@ def fit(
                         loss_sum, hits, last_loss = distributed.sum_over_ranks(read).tolist()
                         sums.zero_()
                         if not math.isfinite(loss_sum):
-                            raise TrainingDiverged(f"the loss became {loss_sum}", epoch, batch, refresh_steps, lr)
+                            first = (batch - 1) // refresh_steps * refresh_steps  # since the last refresh
+                            raise TrainingDiverged(f"the loss became {loss_sum}", epoch, first, batch - 1, lr)
                         state.loss_sum, state.correct = state.loss_sum + loss_sum, state.correct + hits
                         state.seconds = time.perf_counter() - started
                         accuracy = 100 * state.correct / train_loader.images_until(batch)
@@ -130,13 +131,13 @@ def fit(
                         bar.set_description(shown, refresh=False)
                         if checkpoints.due() and batch < steps_per_epoch:
                             if not state.is_finite():
-                                raise TrainingDiverged("a weight became NaN or infinite", epoch, batch, batch, lr)
+                                raise TrainingDiverged("a weight became NaN or infinite", epoch, 0, batch - 1, lr)
                             checkpoints.save(state.state_dict())
 
                 state.sync_buffers()
                 test_loss, test_accuracy = test(state.result, test_loader, config, device)
                 if not math.isfinite(test_loss) or not state.is_finite():
-                    raise TrainingDiverged("the test loss or a weight became NaN or infinite", epoch, batch, batch, lr)
+                    raise TrainingDiverged("the test loss or a weight became NaN or infinite", epoch, 0, batch - 1, lr)
                 state.end_epoch(
                     train_loss=state.loss_sum / len(train_split),
                     train_accuracy=accuracy,
@@ -211,9 +212,9 @@ def train_step(
 class TrainingDiverged(RuntimeError):
     """The loss or a weight is NaN or infinite. The message names the steps, the learning rate and the remedy."""
 
-    def __init__(self, what: str, epoch: int, batches: int, steps: int, lr: float):
-        """batches: number of batches completed in this epoch. steps: number of batches since the last check."""
+    def __init__(self, what: str, epoch: int, first: int, last: int, lr: float):
+        """first, last: batches of the epoch, any of which may be the cause; like the epoch, counted from 0."""
         super().__init__(
-            f"{what} in epoch {epoch + 1}, Batch_id={max(0, batches - steps)} to {batches - 1}, at a learning rate of "
-            f"{lr:.4g}: use a smaller lr, or schedule='one_cycle', which starts with a small one"
+            f"{what} in epoch {epoch + 1}, Batch_id={first} to {last}, at a learning rate of {lr:.4g}: use a smaller "
+            "lr, or schedule='one_cycle', which starts with a small one"
         )

@@ -4,22 +4,21 @@ The processes are forked from a server that has imported the modules: they start
 tests.
 """
 
+import contextlib
 import io
 import multiprocessing
 import os
 import resource
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from networks import RECIPES, TinyNetwork
 
-from model_AC import AdvancedCNN
-from session8 import data, trainer, training
-from session8.checkpoint import save_checkpoint
-from session8.config import Config
+from session8 import data, training
+from session8.checkpoint import load_checkpoint, save_checkpoint
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["processes"])
@@ -63,20 +62,15 @@ def modified(folder):
         return 0
 
 
-RECIPE = Config.named("one_cycle", epochs=6, batch_size=25, lr=0.02)
-
-
-def small_training(folder, before_saving=lambda: None):
-    """Train on the stand-in with a checkpoint after every step; write the result to folder/result.pt."""
+def small_training(folder, recipe, refresh_steps=training.REFRESH_STEPS_ON_CPU, on_epoch=None):
+    """Train on the stand-in with a checkpoint at every refresh; write result and log to folder/result.pt."""
     torch.set_num_threads(1)
-    training.REFRESH_SECONDS = 0
-    torch.manual_seed(0)
-    model = AdvancedCNN(width=0.5)
-    history = trainer.fit(
-        model, *data.synthetic_cifar10(300, 100), RECIPE, "cpu", checkpoint_dir=folder, checkpoint_seconds=0
-    )
-    before_saving()
-    torch.save({"model": model.state_dict(), "history": history}, Path(folder) / "result.pt")
+    training.REFRESH_STEPS_ON_CPU = refresh_steps
+    model, splits, log = TinyNetwork(), data.synthetic_cifar10(300, 100), io.StringIO()
+    with contextlib.redirect_stdout(log):
+        history = training.fit(model, *splits, RECIPES[recipe], "cpu", folder, checkpoint_seconds=0, on_epoch=on_epoch)
+    result = {"model": model.state_dict(), "history": history, "log": log.getvalue()}
+    torch.save(result, Path(folder) / "result.pt")
 
 
 def write_checkpoints(folder, number=0):
@@ -104,20 +98,14 @@ def write_checkpoints_and_die(folder, function, call):
 
 
 def training_on_a_full_disk(folder):
-    """Train; from the end of the second epoch on, limit the size of files to 10 kB, as on a full disk."""
-    sys.stdout = io.StringIO()  # the log of the tests is a file too
-    train_epoch = trainer.Trainer.train_epoch
+    """Train; in the second epoch no file may exceed 1 kB, as on a full disk. The log names the checkpoint after it."""
 
-    def limit(size):
+    def limit(history):
+        print(f"Kept: step {load_checkpoint(folder)['step']}")
+        size = 1000 if len(history["seconds"]) == 1 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    def limited(trainer, *arguments, **keywords):
-        train_epoch(trainer, *arguments, **keywords)
-        if trainer.epoch == 2:
-            limit(10_000)
-
-    trainer.Trainer.train_epoch = limited
-    small_training(folder, before_saving=lambda: limit(resource.RLIM_INFINITY))
+    small_training(folder, "default", on_epoch=limit)
 
 
 def download(url, folder, md5):

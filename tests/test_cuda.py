@@ -5,20 +5,19 @@ Tests of other modules run on it too, by the fixture `device`.
 
 from collections import Counter
 
+import albumentations as A
 import pytest
 import torch
 from fake_cuda import fake_cuda
-from networks import EXACT, Linear, same_weights, small_network
-from session8.trainer import Trainer, fit
+from networks import Linear, TinyNetwork, in_step, interrupt, same_weights
 
 from model_AC import AdvancedCNN
-from session8 import trainer, training
-from session8.augment import as_batch_augmentation, normalize
-from session8.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from session8 import state, training
+from session8.augment import normalize
+from session8.checkpoint import load_checkpoint, load_model, save_model
 from session8.config import RECIPES, Config
 from session8.data import CLASSES, synthetic_cifar10
-from session8.loaders import DeviceLoader
-from session8.lr_finder import estimate_seconds
+from session8.training import fit
 
 CAPABILITIES = {"bfloat16": (8, 0), "float16": (7, 5)}
 
@@ -62,122 +61,95 @@ def test_the_stand_in_refuses_to_mix_devices_and_notes_what_makes_the_host_wait(
 # -- copies and reads ----------------------------------------------------------------------------------------------
 
 
-def count(events):
-    """Count the events of training steps, and of refreshes, by (kind, operator, whether the host waits)."""
-    steps = Counter(e[:3] for e in events if "train" in e.functions and "_update" not in e.functions)
-    return steps, Counter(e[:3] for e in events if "_update" in e.functions)
+def in_epochs(events):
+    """Count the events of epochs, tests and checkpoints aside, by (kind, operator, whether the host waits)."""
+    other = {"prepare", "test", "is_finite", "save", "state_dict", "load_state_dict"}
+    return Counter(event[:3] for event in events if "fit" in event.functions and not other & set(event.functions))
 
 
 @pytest.mark.parametrize("arithmetic", CAPABILITIES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_copies_and_reads_nothing_outside_the_refresh(recipe, arithmetic, few, monkeypatch):
-    monkeypatch.setattr(training, "REFRESH_SECONDS", 1e9)  # once per epoch
-    config = Config.named(recipe, epochs=2, batch_size=20)
+def test_nothing_is_copied_or_read_outside_the_refresh(recipe, arithmetic, few, monkeypatch):
+    monkeypatch.setattr(training, "REFRESH_STEPS", 4)
+    config = Config.named(recipe, epochs=2, batch_size=10)
     with fake_cuda(CAPABILITIES[arithmetic]) as events:
-        history = fit(AdvancedCNN(width=0.25), *few, config, "cuda")
-        steps, refreshes = count(events)
-    assert history["parts"][0]["arithmetic"] == arithmetic
-    # Per epoch of three steps: the plan of the batches, from pinned memory; and the losses and the numbers of hits.
-    assert steps == {("to device", "to(60, 6)", False): 2}
-    assert refreshes == {("read", "tolist", True): 4}
+        network = AdvancedCNN(width=0.25) if arithmetic == "bfloat16" else TinyNetwork()
+        run = fit(network, *few, config, "cuda")["run"]
+        # Per epoch of six steps: the plan of the batches, from pinned memory; and two refreshes.
+        assert in_epochs(events) == {("to device", "to(60, 6)", False): 2, ("read", "tolist", True): 4}
+    assert (run["arithmetic"], run["augmentation"]) == (arithmetic, "batched on cuda")
 
 
-def test_a_step_that_reads_a_value_is_noticed(synthetic, monkeypatch):
+def test_a_step_that_reads_a_value_is_noticed(few, monkeypatch):
     step = training.train_step
 
-    def reading(*arguments):
-        nll, hits = step(*arguments)
+    def reading(*arguments, **options):
+        nll, hits = step(*arguments, **options)
         return nll, hits + 0 * int(nll.item())
 
     monkeypatch.setattr(training, "train_step", reading)
     with fake_cuda() as events:
-        fit(Linear(), *synthetic, Config(epochs=1, batch_size=100), "cuda")
-        assert count(events)[0][("read", "_local_scalar_dense", True)] == 3
+        fit(Linear(), *few, Config(epochs=1, batch_size=20), "cuda")
+        assert in_epochs(events)[("read", "_local_scalar_dense", True)] == 3
 
 
 # -- training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_in_float32_equals_one_on_the_cpu(recipe, synthetic, monkeypatch, tmp_path):
-    """With the same batches: those of the device, on both."""
-    config = Config.named(recipe, epochs=2, batch_size=100, precision="float32", dropout=0.0)
-
-    def on_device(split, batch_size, train=True, seed=0, transform=None, device=None, padding="zeros", **options):
-        alternate = options.get("flip") == "alternate"
-        augmentation = as_batch_augmentation(transform, options["crop_padding"], alternate) if train else None
-        return DeviceLoader(split, batch_size, augmentation, seed, device, padding)
-
-    monkeypatch.setattr(trainer, "make_loader", on_device)
-
-    def run(device):
-        torch.manual_seed(0)
-        model = AdvancedCNN(width=0.25, dropout=0)
-        history = fit(model, *synthetic, config, device)
-        return model.cpu(), [history["train_loss"], history["test_loss"], history["test_accuracy"]]
-
-    model, expected = run("cpu")
-    with fake_cuda():
-        fake, history = run("cuda")
-    assert history[2] == expected[2] and history[:2] == [pytest.approx(values, rel=1e-5) for values in expected[:2]]
-    for ours, theirs in zip(fake.state_dict().values(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("arithmetic", CAPABILITIES)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_time_is_estimated_for_each_recipe(recipe, arithmetic, few):
-    """AveragedModel divided integers here: \"Integer division of tensors using addcdiv\"."""
-    config = Config.named(recipe, epochs=2, batch_size=30)
-    with fake_cuda(CAPABILITIES[arithmetic]) as events:
-        assert estimate_seconds(AdvancedCNN(width=0.25), *few, config, "cuda") > 0
-        assert not [event for event in events if {"train_one", "step", "train_step"} & set(event.functions)]
-
-
-FAST = Config.named("fast", epochs=2, batch_size=100, precision="float32")
-
-
-@pytest.mark.parametrize("first, second", [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
-def test_an_interrupted_run_resumes_on_any_device(first, second, synthetic, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "REFRESH_SECONDS", 0)
-    step, steps = training.train_step, []
-
-    def interrupted(*arguments):
-        steps.append(0)
-        if len(steps) == 5:  # in the second epoch
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    results = []
-    for folder in ("unbroken", "broken"):
+def test_a_run_in_float32_equals_one_on_the_cpu(recipe, synthetic):
+    """With the same batches, from albumentations."""
+    config = Config.named(recipe, epochs=2, batch_size=100, precision="float32")
+    results, transform = [], A.Compose([A.RandomCrop(32, 32)])
+    for device in ("cpu", "cuda"):
         with fake_cuda():
-            if folder == "broken":
-                monkeypatch.setattr(training, "train_step", interrupted)
-                fit(small_network(), *synthetic, FAST, first, tmp_path / folder, checkpoint_seconds=0)
-                monkeypatch.setattr(training, "train_step", step)
-            model = small_network(seed=len(results))
-            device = first if folder == "unbroken" else second
-            history = fit(model, *synthetic, FAST, device, tmp_path / folder, checkpoint_seconds=0)
-            results.append((model.cpu(), history["test_loss"]))
-            save_model(tmp_path / "weights.safetensors", model, FAST, {}, CLASSES)
-    assert len(steps) == 5 and len(results[1][1]) == 2
+            model = TinyNetwork()
+            history = fit(model, *synthetic, config, device, transform=transform, num_workers=0)
+            results.append((model.cpu().state_dict(), history))
+    (expected, expected_history), (weights, history) = results
+    for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert history[name] == pytest.approx(expected_history[name], rel=1e-5)
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first, second, arithmetic", [
+    ("cuda", "cuda", "bfloat16"), ("cuda", "cuda", "float16"), ("cuda", "cpu", "bfloat16"), ("cpu", "cuda", "float16"),
+])  # fmt: skip
+def test_an_interrupted_run_resumes_on_any_device(first, second, arithmetic, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "REFRESH_STEPS", 4)
+    if arithmetic == "float16":  # overflows in the first steps, which are skipped
+        monkeypatch.setattr(state, "make_scaler", lambda _, device: torch.amp.GradScaler(device, init_scale=2.0**40))
+    config = Config.named("fast", epochs=2, batch_size=10)
+
+    def train(model, folder, device):
+        with fake_cuda(CAPABILITIES[arithmetic]):
+            history = fit(model, *few, config, device, tmp_path / folder, checkpoint_seconds=0)
+            save_model(tmp_path / "weights.safetensors", model, config, {}, CLASSES)
+            return model.cpu(), history
+
+    train(TinyNetwork(in_step(11, interrupt)), "broken", first)
+    model, history = train(TinyNetwork(seed=9), "broken", second)
+    assert model.passes == 2 and len(history["test_loss"]) == 2 and history["run"]["resumed"] == 1
+    assert same_weights(load_model(tmp_path / "weights.safetensors", TinyNetwork())[0], model)
     if first == second:
-        assert same_weights(results[0][0], results[1][0]) and results[0][1] == results[1][1]
-    assert same_weights(load_model(tmp_path / "weights.safetensors", small_network())[0], results[1][0])
+        unbroken, expected = train(TinyNetwork(), "unbroken", first)
+        assert same_weights(model, unbroken) and history["train_loss"] == expected["train_loss"]
 
 
-def test_a_checkpoint_from_before_the_first_step_survives_an_overflow_in_it(few, tmp_path, monkeypatch):
+def test_a_first_step_of_float16_that_overflows_leaves_no_uninitialised_momentum(few, tmp_path, monkeypatch):
     """A fused step that overflows leaves new momentum buffers uninitialised: here they would be NaN."""
-    config, empty_like = Config(epochs=1, batch_size=30), torch.empty_like
+    empty_like, too_large = torch.empty_like, []
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(trainer, "_identity", lambda *_: None)
+
+    def make_scaler(*_):
+        too_large.append(torch.amp.GradScaler("cuda", init_scale=2.0**60))
+        return too_large[-1]
+
+    monkeypatch.setattr(state, "make_scaler", make_scaler)
     with fake_cuda((7, 5)):
-        too_large = torch.amp.GradScaler("cuda", init_scale=2.0**60)
-        monkeypatch.setattr(trainer, "make_scaler", lambda *_: too_large)
-        state = Trainer(small_network(), *few, config, "cuda").state_dict()
-        save_checkpoint(tmp_path, {**state, "optimizer": {}})  # as written on a CPU by earlier versions
-        fit(small_network(), *few, config, "cuda", tmp_path)
-        assert too_large.get_scale() < 2.0**60  # it overflowed
+        fit(TinyNetwork(), *few, Config(epochs=1, batch_size=30), "cuda", tmp_path)
+        assert too_large[0].get_scale() == 2.0**58  # both steps overflowed
     buffers = [entry["momentum_buffer"] for entry in load_checkpoint(tmp_path)["optimizer"].values()]
     assert buffers and all(buffer.isfinite().all() for buffer in buffers)
 
@@ -189,8 +161,3 @@ def test_constants_follow_the_current_gpu():
         for index in (0, 1):
             torch.cuda.set_device(f"cuda:{index}")
             assert normalize(images, torch.device("cuda")).device == torch.device("cuda", index)
-
-
-def test_checks_before_training_run_on_the_device(synthetic):
-    with fake_cuda(), pytest.raises(ValueError, match=r"Sequential returns \(2, 1000\)"):
-        fit(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 1000)), *synthetic, EXACT, "cuda")
