@@ -201,7 +201,7 @@ def plot_schedule(configs: dict[str, Config]) -> Figure:
 def plot_runs(runs: list[dict]) -> Figure:
     """Plot the test accuracy of runs over the epochs and over the minutes, one line per run.
 
-    runs: from `records.read_runs`. Runs that differ in the seed only have one colour and line style. Minutes are
+    runs: from `read_runs`. Runs that differ in the seed only have one colour and line style. Minutes are
     compared on one device only, the one with the most runs.
     """
     sources = ", ".join(dict.fromkeys(run["data"] for run in runs)) or "no runs"
