@@ -49,7 +49,7 @@ def predict(
 
     image: a path, a folder, the bytes of an image file, a PIL image, or an array of shape (H, W), (H, W, 1), (H, W, 3)
     or (H, W, 4), uint8 or float from 0 to 1. k: number of classes to return; by default 3, or all if there are fewer.
-    names: of the network's outputs. views: 1, 2 or 6 views of each image, as in `training.test`.
+    names: of the network's outputs. views: 1, 2 or 6 views of each image, as in `test`.
 
     Returns a list of `Prediction`, one per image; for a folder, sorted by file name. The model is left in evaluation
     mode on the device. Raises FileNotFoundError if the file does not exist; ValueError if it is not an image, is

@@ -130,7 +130,7 @@ def server(tmp_path, monkeypatch):
     server.use = lambda *paths: monkeypatch.setattr(data, "MIRRORS", tuple(f"{server.url}/{path}" for path in paths))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # looks for the end every 10 ms
     thread.start()
-    monkeypatch.setattr(data, "TIMEOUT", 0.5)
+    monkeypatch.setattr(data, "TIMEOUT", 0.8)
     yield server
     stop.set()
     server.shutdown()
