@@ -77,7 +77,7 @@ def _to_rgb(image, source):
     if white == 65535 and 0 < (brightest := np.max(image)) <= 16:  # as if 12 bits were stored as 16
         raise UnreadableImage(
             source,
-            f"has 16 bits, but no value above {257 * int(brightest):,}, and does not say which value is white: "
+            f"has 16 bits, but reaches only about {257 * int(brightest):,}, and does not say which value is white: "
             "convert it to 8 bits, or pass an array of floats from 0 to 1",
         )
     return image
