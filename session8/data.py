@@ -1,18 +1,13 @@
 """CIFAR-10: find it, download it, verify it, cache it, or generate a stand-in.
 
-`load_cifar10` reads the images from the folder that it is given or that `CIFAR10_ROOT` names. Without either, it reads
-`data/` in the project folder, then `CIFAR10_CACHE`, and downloads the official archive if neither holds CIFAR-10. A
-folder holds it in one of two layouts:
+A folder holds it in one of two layouts:
 
     cifar-10-batches-py/ or cifar-10-python.tar.gz      the official archive (Python version)
     train/<class>/*.png and test/<class>/*.png          class folders, named as in CLASSES; any format that Pillow reads
 
-`CIFAR10_CACHE` names the folder of the download (by default `data/`) and of the cache (by default the data's folder).
-
 Dataset: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
-import errno
 import hashlib
 import os
 import pickle
@@ -26,7 +21,7 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-import pooch
+import requests
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
@@ -37,11 +32,11 @@ from session8.images import (
     READING,
     UnreadableImage,
     check_is_file,
-    describe_left_out,
     is_image_name,
     list_folder,
-    other_kind,
+    print_left_out,
     read_image,
+    unknown_format,
 )
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -53,12 +48,11 @@ DATASET = "CIFAR-10"  # how titles and records name images from class folders
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
-DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
+DATA_FOLDER = Path("data")
 BATCHES = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
 CACHE = ".cifar10-cache.npz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-ARCHIVE_BYTES = 170_498_071
 # Byte-identical copies. The official host comes last: it has been throttled since June 2026 (pytorch/vision#9536).
 # CIFAR10_URL, if set, is tried before them.
 MIRRORS = (
@@ -78,10 +72,6 @@ class DatasetUnavailable(FileNotFoundError):
     """CIFAR-10 is neither on disk nor downloadable. The message lists what was tried, and the remedies."""
 
 
-class _NoMirror(Exception):
-    """No mirror delivers the archive."""
-
-
 @dataclass(frozen=True, eq=False)
 class Split:
     """The images of one split, uint8 (N, 32, 32, 3), RGB, and their labels, int64 (N,), indices into CLASSES.
@@ -95,14 +85,14 @@ class Split:
     source: str
 
     def __post_init__(self):
-        shape, labels = self.images.shape, self.labels
-        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[1:] != (32, 32, 3) or shape[0] == 0:
+        images, labels, n = self.images, self.labels, len(self.images)
+        if images.dtype != np.uint8 or images.shape != (n, 32, 32, 3) or n == 0:
             raise ValueError(
-                f"images are {self.images.dtype} {shape}; expected uint8 (N, 32, 32, 3) with N > 0: "
+                f"images are {images.dtype} {images.shape}; expected uint8 (N, 32, 32, 3) with N > 0: "
                 "resize them to 32 by 32 RGB, with values from 0 to 255"
             )
-        if labels.dtype != np.int64 or labels.shape != shape[:1]:
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}; expected int64 ({shape[0]},), one per image")
+        if labels.dtype != np.int64 or labels.shape != (n,):
+            raise ValueError(f"labels are {labels.dtype} {labels.shape}; expected int64 ({n},), one per image")
         if labels.min() < 0 or labels.max() >= len(CLASSES):
             raise ValueError(
                 f"labels range from {labels.min()} to {labels.max()}; expected 0 to {len(CLASSES) - 1}, "
@@ -118,29 +108,32 @@ class Split:
         return self.source.startswith(SYNTHETIC)
 
 
-def load_cifar10(root=None, allow_synthetic=False):
+def load_cifar10(root: str | os.PathLike | None = None, allow_synthetic: bool = False) -> tuple[Split, Split]:
     """Load both splits of CIFAR-10, from disk if possible, otherwise after a download.
 
-    The arrays are cached in one file, unless its folder is read-only. Images of class folders are read as in `predict`;
-    other files there are left out, and one printed line names them.
-
-    root: a folder in one of the two layouts above; by default that of the environment variable CIFAR10_ROOT, then
-    `data/`, then that of CIFAR10_CACHE. If a folder is named, no other is searched and nothing is downloaded.
+    root: a folder in one of the two layouts above; by default that of the environment variable CIFAR10_ROOT. Without
+    either, searches `data/` in the working directory and then the folder that CIFAR10_CACHE names, and downloads the
+    official archive (to CIFAR10_CACHE, by default to `data/`) if neither holds CIFAR-10.
     allow_synthetic: if no folder is named and the download fails, print a banner and return `synthetic_cifar10()`.
 
-    Returns (train, test), two Splits. Raises DatasetUnavailable if a named root does not exist or does not hold
-    CIFAR-10, or if every download failed; ValueError if a class folder is missing or empty, an image is unreadable or
-    not 32 by 32, or a checksum is wrong.
+    The arrays are cached in one file, in CIFAR10_CACHE or beside the data, unless that folder is read-only. Images of
+    class folders are read as in `predict`; other files there are left out, and one printed line names them.
+
+    Returns (train, test). Raises DatasetUnavailable if a named root does not exist or does not hold CIFAR-10, or if
+    every download failed; ValueError if a class folder is missing or empty, an image is unreadable or not 32 by 32, or
+    a checksum is wrong.
     """
     named = root or os.environ.get("CIFAR10_ROOT")
     if named:
         named = Path(named).expanduser()
-        origin = f"{'root' if root else 'CIFAR10_ROOT'} is '{printable(named)}'"
-        if not os.path.isdir(named):
-            raise DatasetUnavailable(f"{origin}, which is not a directory. {_LAYOUTS}")
         splits = _load_folder(named)
         if splits is None:
-            raise DatasetUnavailable(f"{origin}, which does not hold CIFAR-10. {_LAYOUTS}")
+            reason = "does not hold CIFAR-10" if os.path.isdir(named) else "is not a directory"
+            raise DatasetUnavailable(
+                f"{'root' if root else 'CIFAR10_ROOT'} is '{printable(named)}', which {reason}. Pass a folder that "
+                f"holds {BATCHES}/ or {ARCHIVE}, or class folders train/<class>/*.png and test/<class>/*.png; "
+                "or pass none, to use data/ and the download."
+            )
         return splits
 
     folder = _cache_folder(DATA_FOLDER)
@@ -148,35 +141,29 @@ def load_cifar10(root=None, allow_synthetic=False):
     if splits is None:
         try:
             download_archive(folder)
-        except DatasetUnavailable:
+        except DatasetUnavailable as error:
             if not allow_synthetic:
                 raise
-            print(_BANNER, flush=True)  # each failure has been printed
+            print(f"{error}\n{_BANNER}", flush=True)
             return synthetic_cifar10()
         splits = _load_folder(folder)
     return splits
 
 
-_LAYOUTS = (
-    f"Pass a folder that holds {BATCHES}/ or {ARCHIVE}, or class folders train/<class>/*.png and test/<class>/*.png; "
-    "or pass none, to use data/ and the download."
-)
-_BANNER = f"""
+_BANNER = """
 ##############################################################################
   CIFAR-10 is not available. What follows uses a SYNTHETIC STAND-IN: ten
   random colour patterns. Its accuracy says nothing about CIFAR-10.
-  To use the real images, set CIFAR10_ROOT to their folder, or put
-  {ARCHIVE} into data/, and run again.
 ##############################################################################
 """
 
 
-def synthetic_cifar10(n_train=2000, n_test=500, seed=0):
+def synthetic_cifar10(n_train: int = 2000, n_test: int = 500, seed: int = 0) -> tuple[Split, Split]:
     """Generate a stand-in for CIFAR-10: one smooth random colour pattern per class, shifted, with noise.
 
     Each image is blended with the pattern of another class, some so strongly that they cannot be classified: there are
-    mistakes to analyse. `Split.source` says that the images are synthetic. Returns (train, test), two Splits with
-    balanced classes. The same seed gives the same images.
+    mistakes to analyse. `Split.source` says that the images are synthetic. Returns (train, test) with balanced
+    classes. The same seed gives the same images.
     """
     rng = np.random.default_rng(seed)
     # Random colours on a 4 by 4 grid, enlarged with smooth interpolation.
@@ -196,10 +183,10 @@ def synthetic_cifar10(n_train=2000, n_test=500, seed=0):
     return split(n_train), split(n_test)
 
 
-def validation_split(train, n=5000, seed=0):
+def validation_split(train: Split, n: int = 5000, seed: int = 0) -> tuple[Split, Split]:
     """Hold out n images of a training split, stratified by class. Use them, not the test images, to make choices.
 
-    Returns (train, validation), two Splits. The same seed holds out the same images. Raises ValueError unless
+    Returns (train, validation). The same seed holds out the same images. Raises ValueError unless
     0 < n < len(train).
     """
     if not 0 < n < len(train):
@@ -223,61 +210,39 @@ def validation_split(train, n=5000, seed=0):
 
 def _load_folder(root):
     """Read either layout of `root`, through the cache. Returns (train, test), or None if it has neither."""
-    left_out = []
     if os.path.isdir(root / BATCHES):
-        files = [entry for entry in list_folder(root / BATCHES) if os.path.isfile(entry)]
-        read, source = _read_batches, "CIFAR-10, official batches"
+        images, source = root / BATCHES, "CIFAR-10, official batches"
+        read, files = _read_official, list_folder(images)
     elif os.path.isfile(root / ARCHIVE):
-        files, read, source = [root / ARCHIVE], _read_archive, "CIFAR-10, official archive"
+        images, source = root / ARCHIVE, "CIFAR-10, official archive"
+        read, files = _read_official, [images]
     elif os.path.isdir(root / "train") or os.path.isdir(root / "test"):
-        folders, left_out = _class_folder_files(root)
-        files = [entry for entries in folders.values() for entry in entries]
-        read, source = _read_class_folders, f"{DATASET}, class folders"
+        images, source = _list_class_folders(root), f"{DATASET}, class folders"
+        read, files = _read_class_folders, [file for _, _, file in images]
     else:
         return None
-    if left_out:
-        print(describe_left_out(root, left_out))
     fingerprint = _fingerprint(root, files)
     arrays = _read_cache(root, fingerprint)
     if arrays is None:
-        arrays = read(root)
+        arrays = read(images)
         _write_cache(root, fingerprint, arrays)
     counts = len(arrays["train_labels"]), len(arrays["test_labels"])
     if counts != (50_000, 10_000):
         source += f", but {counts[0]:,} + {counts[1]:,} images"
-    return (
-        Split(arrays["train_images"], arrays["train_labels"], source),
-        Split(arrays["test_images"], arrays["test_labels"], source),
-    )
+    return tuple(Split(arrays[f"{name}_images"], arrays[f"{name}_labels"], source) for name in ("train", "test"))
 
 
-def _read_batches(root):
-    folder = root / BATCHES
+def _read_official(path):
+    """Read the official archive, or the folder of its batches. Nothing is unpacked to the disk."""
     try:
-        return _unpickle({name: (folder / name).read_bytes() for name, _ in CIFAR10.train_list + CIFAR10.test_list})
-    except (OSError, ValueError) as error:
+        if os.path.isdir(path):
+            return _unpickle({name: (path / name).read_bytes() for name, _ in CIFAR10.train_list + CIFAR10.test_list})
+        with tarfile.open(path) as tar:  # in the order of the archive, which is compressed as a whole
+            return _unpickle({Path(file.name).name: tar.extractfile(file).read() for file in tar if file.isfile()})
+    except Exception as error:  # gzip and tarfile raise many kinds
         raise ValueError(
-            f"'{printable(folder)}' is incomplete or damaged ({error}): delete it and unpack the archive again"
+            f"'{printable(path)}' is incomplete or damaged ({error}): delete it, and download or unpack it again"
         ) from error
-
-
-def _read_archive(root):
-    with open(root / ARCHIVE, "rb") as file:
-        if (md5 := _md5(file)) != ARCHIVE_MD5:
-            name = printable(root / ARCHIVE)
-            raise ValueError(f"'{name}' has md5 {md5}, expected {ARCHIVE_MD5}: delete it and download it again")
-        with tarfile.open(fileobj=file) as tar:  # nothing is unpacked to the disk
-            return _unpickle(
-                {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
-            )
-
-
-def _md5(file):
-    """Return the md5 of an open file, and rewind it."""
-    file.seek(0)
-    digest = hashlib.file_digest(file, "md5")
-    file.seek(0)
-    return digest.hexdigest()
 
 
 def _unpickle(contents):
@@ -294,78 +259,65 @@ def _unpickle(contents):
     return arrays
 
 
-def _class_folder_files(root):
-    """List root/{train,test}/<class>/, sorted by name.
+def _list_class_folders(root):
+    """Return the images in root/{train,test}/<class>/, (split, label, os.DirEntry), and print what is left out.
 
-    Returns the image files, {(split, class): [os.DirEntry]}, and an UnreadableImage for each other file and folder.
     Suffixes decide: a backup copy is not an image.
     """
-    images = {(split, name): [] for split in ("train", "test") for name in CLASSES}
-    left_out = []
-    for (split, name), entries in images.items():
-        folder, before = root / split / name, len(left_out)
-        if not os.path.isdir(folder):
-            names = ", ".join(CLASSES)
-            raise ValueError(
-                f"class folder '{printable(folder)}' is missing: train/ and test/ need one for each of {names}"
-            )
-        for entry in list_folder(folder):
-            if os.path.isdir(entry):
-                left_out.append(UnreadableImage(printable(entry), "is a folder"))
-            elif not is_image_name(entry.name):
-                kind = other_kind(entry.name) or "not named as an image that Pillow reads"
-                left_out.append(UnreadableImage(printable(entry), f"is {kind}"))
-            elif entry.is_file(follow_symlinks=False):  # the usual case, without a system call
-                entries.append(entry)
-            else:
-                check_is_file(entry)
-                entries.append(entry)
-        if not entries:
-            reasons = f". {describe_left_out(root, left_out[before:])}" if left_out[before:] else ": add some"
-            raise ValueError(f"class folder '{printable(folder)}' has no image files{reasons}")
-    return images, left_out
+    images, left_out = [], []
+    for split in ("train", "test"):
+        for label, name in enumerate(CLASSES):
+            folder, count = root / split / name, len(images)
+            if not os.path.isdir(folder):
+                raise ValueError(
+                    f"class folder '{printable(folder)}' is missing: "
+                    f"train/ and test/ need one for each of {', '.join(CLASSES)}"
+                )
+            for entry in list_folder(folder):
+                if os.path.isdir(entry):
+                    left_out.append(UnreadableImage(printable(entry), "is a folder"))
+                elif not is_image_name(entry.name):
+                    left_out.append(UnreadableImage(printable(entry), unknown_format(entry.name)))
+                else:
+                    check_is_file(entry)
+                    images.append((split, label, entry))
+            if len(images) == count:
+                print_left_out(root, left_out)
+                raise ValueError(f"class folder '{printable(folder)}' has no image files: add some")
+    print_left_out(root, left_out)
+    return images
 
 
-def _read_class_folders(root):
+def _read_class_folders(images):
     arrays = {f"{split}_{part}": [] for split in ("train", "test") for part in ("images", "labels")}
-    folders, _ = _class_folder_files(root)
-    files = [(*key, entry) for key, entries in folders.items() for entry in entries]
-    for split, name, entry in tqdm(files, desc="Reading images", unit=" images", file=sys.stdout, mininterval=0.5):
-        image = read_image(entry)
+    bar = tqdm(images, desc="Reading images", unit=" images", file=sys.stdout, mininterval=0.5)
+    for split, label, entry in bar:
+        image = read_image(entry, printable(entry))
         if image.size != (32, 32):
             size = f"{image.width} by {image.height} pixels"
             raise ValueError(f"'{printable(entry)}' is {size}, expected 32 by 32: resize or delete it")
         arrays[f"{split}_images"].append(np.asarray(image))
-        arrays[f"{split}_labels"].append(CLASSES.index(name))
-    return {name: np.stack(value) if "images" in name else np.array(value, np.int64) for name, value in arrays.items()}
+        arrays[f"{split}_labels"].append(label)
+    return {name: np.array(values, np.uint8 if "images" in name else np.int64) for name, values in arrays.items()}
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
 
 
 def _cache_folder(default):
-    """Return the folder that CIFAR10_CACHE names, by default another."""
     return Path(os.environ.get("CIFAR10_CACHE") or default).expanduser()
 
 
 def _fingerprint(root, files):
-    """Hash what the arrays depend on: CLASSES, the reading, and the files (Path or os.DirEntry).
+    """Hash what the arrays depend on: the reading, the folder, and its files' names, sizes, times and order.
 
-    Hashes each file's path below the root, its size, and its modification time in whole seconds, since Google Drive
-    keeps no nanoseconds; and the first 4,096 bytes of about 20 files, which tell two folders apart.
+    Times count in whole seconds, since Google Drive keeps no nanoseconds.
     """
-    digest = hashlib.sha256(f"{' '.join(CLASSES)} {READING}".encode())
-    prefix = os.path.join(root, "")
-    for index, file in enumerate(files):
-        try:
-            status, name = file.stat(), os.fspath(file).removeprefix(prefix)
-            digest.update(os.fsencode(f"{name} {status.st_size} {int(status.st_mtime)}\n"))
-            if index % (len(files) // 20 + 1) == 0:
-                with open(file, "rb") as opened:
-                    digest.update(opened.read(4096))
-        except OSError as error:
-            raise ValueError(f"'{printable(file)}' cannot be opened ({error.strerror}): allow reading it") from error
-    return digest.hexdigest()
+    lines = [f"{READING} {os.path.realpath(root)}"]
+    for file in files:
+        status = os.stat(file)
+        lines.append(f"{os.fspath(file).removeprefix(os.fspath(root))} {status.st_size} {int(status.st_mtime)}")
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def _read_cache(root, fingerprint):
@@ -393,7 +345,7 @@ def _write_cache(root, fingerprint, arrays):
 # -- the download --------------------------------------------------------------------------------------------------
 
 
-def download_archive(folder):
+def download_archive(folder: str | os.PathLike) -> None:
     """Download the official archive to folder/cifar-10-python.tar.gz, from the first mirror that delivers it.
 
     The archive appears under its name only after its md5 has been checked. A mirror that does not answer for TIMEOUT
@@ -401,51 +353,45 @@ def download_archive(folder):
     LOCK_TIMEOUT seconds for the first, then downloads too. Raises DatasetUnavailable, with the reason for each mirror,
     if all fail.
     """
-    folder = Path(folder)
-    failures = [f"'{printable(folder)}': does not hold CIFAR-10"]
+    archive, place = Path(folder) / ARCHIVE, printable(folder)
+    failures = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"Downloading CIFAR-10 to '{printable(folder)}' (waits if another process does so).", flush=True)
-        lock = filelock.FileLock(folder / f"{ARCHIVE}.lock")
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Downloading CIFAR-10 to '{place}' (waits if another process does so).", flush=True)
+        lock = filelock.FileLock(f"{archive}.lock")
+        with suppress(OSError, NotImplementedError):  # too long, or no locks here: the worst is a second download
+            lock.acquire(timeout=LOCK_TIMEOUT)
         try:
-            with warnings.catch_warnings(action="ignore"):  # filelock 4 warns that it marks the lock by a file instead
-                lock.acquire(timeout=LOCK_TIMEOUT)
-        except (NotImplementedError, OSError) as error:  # OSError: also filelock.Timeout
-            print(f"The folder cannot be locked ({error}): another process may download the same file.", flush=True)
-        try:
-            if not os.path.isfile(folder / ARCHIVE):  # no other process has downloaded it meanwhile
-                with atomic_write(folder / ARCHIVE) as file:
-                    _download(file, failures)
-            return
-        except _NoMirror:
-            pass  # `failures` has the reasons
+            for url in filter(None, (os.environ.get("CIFAR10_URL"), *MIRRORS)):
+                if os.path.isfile(archive):  # another process has downloaded it
+                    return
+                try:
+                    _download(url, archive)
+                    return
+                except (requests.RequestException, ValueError) as error:  # the mirror's fault; other errors are ours
+                    failures.append(f"{url}: {error}")
+                    print(f"Download failed: {failures[-1]}", flush=True)
         finally:
             lock.release()
     except OSError as error:
-        failures.append(f"'{printable(folder)}': cannot be written ({error})")
+        failures.append(f"'{place}' cannot be written: {error}")
     raise DatasetUnavailable(
-        "CIFAR-10 is not available. Tried:\n  - " + "\n  - ".join(failures) + "\n"
-        f"Remedies: put {ARCHIVE} (md5 {ARCHIVE_MD5}) into '{printable(folder)}'; or set CIFAR10_ROOT to a folder that "
-        "holds the data; or set CIFAR10_CACHE to another folder for the download; or set CIFAR10_URL to a mirror that "
-        "this machine can reach; or pass allow_synthetic=True to try the code on a synthetic stand-in."
+        "\n  - ".join([f"'{place}' does not hold CIFAR-10, and the download failed:", *failures]) + "\n"
+        f"Remedies: put {ARCHIVE} (md5 {ARCHIVE_MD5}) into '{place}'; or set CIFAR10_ROOT to a folder that holds the "
+        "data, CIFAR10_CACHE to another folder for the download, or CIFAR10_URL to a mirror that this machine can "
+        "reach; or try the code on a stand-in with allow_synthetic=True."
     )
 
 
-def _download(file, failures):
-    """Write the archive to an open file, from the first mirror that delivers it. Appends to `failures`."""
-    for url in filter(None, (os.environ.get("CIFAR10_URL"), *MIRRORS)):
+def _download(url, archive):
+    with atomic_write(archive) as file, requests.get(url, timeout=TIMEOUT, stream=True) as response:
+        response.raise_for_status()
+        digest, total = hashlib.md5(), int(response.headers.get("Content-Length", 0)) or None
         look = {"unit": "B", "unit_scale": True, "file": sys.stdout, "mininterval": 0.5}
-        try:
-            file.seek(0)
-            file.truncate()
-            with tqdm(total=ARCHIVE_BYTES, desc=f"CIFAR-10 from {urllib.parse.urlsplit(url).netloc}", **look) as bar:
-                pooch.HTTPDownloader(timeout=TIMEOUT, progressbar=bar, chunk_size=1 << 14)(url, file, None)
-            if (md5 := _md5(file)) != ARCHIVE_MD5:
-                raise ValueError(f"the file's md5 hash {md5} does not match {ARCHIVE_MD5}")
-            return
-        except (OSError, ValueError) as error:  # ValueError: a wrong md5 or a malformed address
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise  # not the mirror's fault: the disk is full
-            failures.append(f"{url}: {error}")
-            print(f"Download failed: {failures[-1]}", flush=True)
-    raise _NoMirror
+        with tqdm(total=total, desc=f"CIFAR-10 from {urllib.parse.urlsplit(url).netloc}", **look) as bar:
+            for chunk in response.iter_content(1 << 14):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+        if digest.hexdigest() != ARCHIVE_MD5:
+            raise ValueError(f"the file's md5 {digest.hexdigest()} is wrong, expected {ARCHIVE_MD5}")

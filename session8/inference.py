@@ -1,7 +1,9 @@
 """Inference: classify any image, and export the network to ONNX."""
 
 import importlib.util
+import io
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -14,8 +16,8 @@ from session8.augment import normalize
 from session8.config import Config
 from session8.console import printable
 from session8.data import CLASSES, Split
-from session8.evaluation import check_views, collect_logits
-from session8.images import UnreadableImage, describe_left_out, list_folder, read_image, to_rgb
+from session8.evaluation import collect_logits
+from session8.images import UnreadableImage, list_folder, print_left_out, read_image
 
 
 class Prediction(NamedTuple):
@@ -31,7 +33,14 @@ class Prediction(NamedTuple):
     probabilities: list[float]
 
 
-def predict(model, image, k=None, device=None, names=CLASSES, views=1):
+def predict(
+    model: nn.Module,
+    image: str | os.PathLike | bytes | Image.Image | np.ndarray,
+    k: int | None = None,
+    device: str | torch.device | None = None,
+    names: Sequence[str] = CLASSES,
+    views: int = 1,
+) -> list[Prediction]:
     """Classify an image, or all images of a folder, in float32.
 
     The network always answers with one of its classes, even if the image shows none of them. Images of any size and
@@ -40,14 +49,13 @@ def predict(model, image, k=None, device=None, names=CLASSES, views=1):
 
     image: a path, a folder, the bytes of an image file, a PIL image, or an array of shape (H, W), (H, W, 1), (H, W, 3)
     or (H, W, 4), uint8 or float from 0 to 1. k: number of classes to return; by default 3, or all if there are fewer.
-    names: of the network's outputs. views: 1, 2 or 6 views of each image, as in `training.test`.
+    names: of the network's outputs. views: 1, 2 or 6 views of each image, as in `test`.
 
     Returns a list of `Prediction`, one per image; for a folder, sorted by file name. The model is left in evaluation
     mode on the device. Raises FileNotFoundError if the file does not exist; ValueError if it is not an image, is
-    damaged or has more pixels than Pillow considers safe (about 89 million), if a folder has no images, if k is out of
+    damaged or has more pixels than Pillow considers safe (about 179 million), if a folder has no images, if k is out of
     range, if views is another number, or if `names` do not match the outputs; TypeError for any other input.
     """
-    check_views(views)
     k = min(3, len(names)) if k is None else k
     if not 1 <= k <= len(names):
         raise ValueError(f"k is {k}; expected 1 to {len(names)}, the number of classes")
@@ -58,11 +66,9 @@ def predict(model, image, k=None, device=None, names=CLASSES, views=1):
                 loaded.append(_load(entry))
             except UnreadableImage as error:
                 left_out.append(error)
+        print_left_out(image, left_out)
         if not loaded:
-            reasons = f". {describe_left_out(image, left_out)}" if left_out else ": add images, or name another"
-            raise ValueError(f"the folder '{printable(image)}' has no image files{reasons}")
-        if left_out:
-            print(describe_left_out(image, left_out))
+            raise ValueError(f"the folder '{printable(image)}' has no image files: add images, or name another")
     else:
         loaded = [_load(image)]
     sources, images = zip(*loaded, strict=True)
@@ -80,23 +86,18 @@ def predict(model, image, k=None, device=None, names=CLASSES, views=1):
 def _load(image):
     """Return a description of the input, and the image as the network receives it: uint8 (32, 32, 3)."""
     if isinstance(image, np.ndarray):
-        source = f"array of shape {image.shape}"
-        image = to_rgb(_from_array(image), source)
+        source, image = f"array of shape {image.shape}", _from_array(image)
     elif isinstance(image, Image.Image):
         source = f"PIL image of mode {image.mode}"
-        image = to_rgb(image, source)
     elif isinstance(image, bytes | bytearray):
-        source, image = f"{len(image):,} bytes", read_image(image)
+        source, image = f"{len(image):,} bytes", io.BytesIO(image)
     elif isinstance(image, str | os.PathLike):
-        source = os.fspath(image).encode(errors="backslashreplace").decode()
+        source = printable(image)
         if not os.path.lexists(image):
-            raise FileNotFoundError(
-                f"'{printable(image)}' does not exist: name an image file or a folder on this machine"
-            )
-        image = read_image(image)
+            raise FileNotFoundError(f"'{source}' does not exist: name an image file or a folder on this machine")
     else:
         raise TypeError(f"image is a {type(image).__name__}; expected a path, bytes, a PIL image or a NumPy array")
-    return source, np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
+    return source, np.array(ImageOps.fit(read_image(image, source), (32, 32), Image.Resampling.LANCZOS))
 
 
 def _from_array(array):
@@ -123,7 +124,7 @@ class _FromPixels(nn.Module):
         return self.model(normalize(images, images.device)).softmax(1)
 
 
-def export_onnx(model, path, names=CLASSES):
+def export_onnx(model: nn.Module, path: str | os.PathLike, names: Sequence[str] = CLASSES) -> None:
     """Export the network to ONNX with PyTorch's exporter.
 
     The graph includes the normalisation. Its input `images` is uint8 (B, 32, 32, 3), RGB, for any B; its output

@@ -85,7 +85,10 @@ def synthetic():
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serve the archive at /good, and a fault at each other path. `requests` lists the paths that were requested."""
+    """Serve the archive at /good, and a fault at each other path.
+
+    `use` makes paths the mirrors. `requests` lists the paths that were requested.
+    """
     archive, splits = official_archive(tmp_path / "served", monkeypatch)
     body = archive.read_bytes()
     stop = threading.Event()
@@ -124,7 +127,8 @@ def server(tmp_path, monkeypatch):
     server.daemon_threads = True
     server.requests, server.splits = [], splits
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    server.use = lambda *paths: monkeypatch.setattr(data, "MIRRORS", tuple(f"{server.url}/{path}" for path in paths))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # looks for the end every 10 ms
     thread.start()
     monkeypatch.setattr(data, "TIMEOUT", 0.8)
     yield server
