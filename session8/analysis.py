@@ -12,7 +12,7 @@ from torch import nn
 from session8.augment import normalize
 from session8.config import Config
 from session8.data import CLASSES, Split
-from session8.device import backend_flags, get_device, memory_format
+from session8.device import backend_flags, get_device, to_device
 
 # -- from the outputs of one pass over a split ---------------------------------------------------------------------
 
@@ -37,7 +37,8 @@ def class_accuracy(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
         if n:
             interval = binomtest(int(correct), int(n)).proportion_ci(0.95, method="wilson")
             values[:, label] = 100 * correct / n, 100 * interval.low, 100 * interval.high
-    return tuple(values)
+    accuracy, low, high = values
+    return accuracy, low, high
 
 
 def most_confused(confusion: np.ndarray, n: int = 10, names: Sequence[str] = CLASSES) -> list[tuple[str, str, int]]:
@@ -104,9 +105,9 @@ def calibration(logits: torch.Tensor, labels: np.ndarray, bins: int = 15) -> Cal
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # a bin includes its upper edge
     count = np.bincount(place, minlength=bins)
     filled = np.where(count, count, np.nan)
-    means = [np.bincount(place, values, minlength=bins) / filled for values in (confidence, correct)]
-    error = np.nansum(count * np.abs(means[0] - means[1])) / len(labels)
-    return Calibration(count, *means, float(error))
+    confidences, accuracies = (np.bincount(place, values, minlength=bins) / filled for values in (confidence, correct))
+    error = np.nansum(count * np.abs(confidences - accuracies)) / len(labels)
+    return Calibration(count, confidences, accuracies, float(error))
 
 
 def _probabilities(logits, labels):
@@ -148,7 +149,7 @@ def grad_cam(
     is left in evaluation mode on the device, its gradients unchanged. Raises NoFeatureMap if there is no such map.
     """
     device = get_device(device)
-    model.to(device, memory_format=memory_format(device)).eval()
+    to_device(model, device).eval()
     maps, scores = [], []
 
     def keep(module, _, output):
@@ -168,8 +169,8 @@ def grad_cam(
                     "feature map that wide: use a smaller grid or another network"
                 )
             score, feature = scores[-1] if scores and scores[-1].shape == output.shape else output, maps[-1]
-            classes = score.argmax(1) if classes is None else torch.as_tensor(classes, device=device)
-            (gradient,) = torch.autograd.grad(score.gather(1, classes[:, None]).sum(), feature)
+            chosen = score.argmax(1) if classes is None else torch.as_tensor(classes, device=device)
+            (gradient,) = torch.autograd.grad(score.gather(1, chosen[:, None]).sum(), feature)
     finally:
         for hook in hooks:
             hook.remove()
@@ -200,7 +201,7 @@ def grad_cam_pairs(
     labels = split.labels
     probabilities = _probabilities(logits, labels)
     confidence, predictions = probabilities.max(1), probabilities.argmax(1)
-    pairs = {}  # the right and the wrong image by actual class
+    pairs: dict = {}  # the right and the wrong image by actual class
     for wrong in misclassified(logits, labels)[0]:
         correct = np.flatnonzero((labels == labels[wrong]) & (predictions == labels))
         if len(pairs) < n and labels[wrong] not in pairs and len(correct):

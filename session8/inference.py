@@ -151,7 +151,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, names: Sequence[str] 
         dynamo=True,
         verbose=False,
     )
-    graph = program.model_proto
+    graph = program.model_proto  # type: ignore[union-attr]
     graph.doc_string = (
         "Image classifier. Input: RGB pixels, uint8 (batch, 32, 32, 3); the graph includes the normalisation. "
         "Output: probabilities, float32 (batch, classes)."

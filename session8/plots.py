@@ -213,8 +213,7 @@ def plot_runs(runs: list[dict]) -> Figure:
     lasts = []
     for index, run in enumerate(runs):
         group = groups.index(run["group"])
-        look = {"color": f"C{group}", "linestyle": LINE_STYLES[group % 4]}
-        look |= {"marker": "os^vD*P"[index % 7], "markersize": 4}
+        look = dict(color=f"C{group}", linestyle=LINE_STYLES[group % 4], marker="os^vD*P"[index % 7], markersize=4)
         accuracy, minutes = run["history"]["test_accuracy"], np.cumsum(run["history"]["seconds"]) / 60
         label = f" {_text(run['label'], 90)}"  # the space: as in plot_schedule
         _plot_over_epochs(by_epochs, accuracy, label=label, **look)
