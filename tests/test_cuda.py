@@ -9,7 +9,7 @@ import albumentations as A
 import pytest
 import torch
 from fake_cuda import fake_cuda
-from networks import Linear, TinyNetwork, in_step, interrupt, same_weights
+from networks import TinyNetwork, in_step, interrupt, same_weights
 
 from model_AC import AdvancedCNN
 from session8 import state, training
@@ -78,19 +78,6 @@ def test_nothing_is_copied_or_read_outside_the_refresh(recipe, arithmetic, few, 
         # Per epoch of six steps: the plan of the batches, from pinned memory; and two refreshes.
         assert in_epochs(events) == {("to device", "to(60, 6)", False): 2, ("read", "tolist", True): 4}
     assert (run["arithmetic"], run["augmentation"]) == (arithmetic, "batched on cuda")
-
-
-def test_a_step_that_reads_a_value_is_noticed(few, monkeypatch):
-    step = training.train_step
-
-    def reading(*arguments, **options):
-        nll, hits = step(*arguments, **options)
-        return nll, hits + 0 * int(nll.item())
-
-    monkeypatch.setattr(training, "train_step", reading)
-    with fake_cuda() as events:
-        fit(Linear(), *few, Config(epochs=1, batch_size=20), "cuda")
-        assert in_epochs(events)[("read", "_local_scalar_dense", True)] == 3
 
 
 # -- training ------------------------------------------------------------------------------------------------------
