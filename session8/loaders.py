@@ -85,8 +85,8 @@ def make_loader(
 class Batches(Sampler):
     """The batches of an epoch, drawn in the main process as a function of (seed, epoch): yields (indices, seed, epoch).
 
-    In training the batches are those of all ranks, and `share` selects a rank's rows. For testing they are of a rank's
-    own images, every world_size-th.
+    For training, the batches are those of all ranks, and `share` returns this rank's part of one. For testing, they
+    are of the images rank::world_size.
     """
 
     def __init__(self, n, batch_size, train=True, seed=0, rank=0, world_size=1):
@@ -110,7 +110,7 @@ class Batches(Sampler):
 
 
 class _Epochs:
-    """What both kinds of loader have, besides iteration and `len`."""
+    """The epochs and batch sizes of both kinds of loader."""
 
     batches: Batches
 

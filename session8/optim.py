@@ -26,8 +26,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     # Unfused, SGD synchronises with the GPU in every step that scales the loss for float16.
     fused = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    if config.momentum:
-        # If the first step of float16 overflows, the fused kernel skips it and leaves new buffers uninitialised.
+    if isinstance(optimizer, torch.optim.SGD) and config.momentum:
+        # SGD creates the buffers in its first step. If that overflows in float16, the fused kernel leaves them undefined.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

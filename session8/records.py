@@ -1,4 +1,4 @@
-"""What a run leaves behind: its identity, which names its folder; its record; and runs side by side."""
+"""What a run leaves behind: its identity, which names its folder, and its record."""
 
 import hashlib
 import inspect
@@ -61,9 +61,9 @@ def run_identity(
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return eight hexadecimal digits that tell the weights and buffers of a model from others.
+    """Return a hash, of eight hexadecimal digits, of the norms of all weights and buffers.
 
-    They are of the norm of each tensor, to four digits: the last bits of initial weights depend on the processor.
+    Norms are rounded to four digits, because the last bits of initial weights depend on the processor.
     """
     norms = {}
     for name, value in model.state_dict().items():

@@ -16,8 +16,8 @@ METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "
 class TrainingState:
     """What a checkpoint holds: weights, their average, optimizer, loss scale, position and history.
 
-    The position is the step since the start of training. Epoch, batch, learning rate, image size, decay of the average
-    and seeds are functions of it.
+    `step` counts optimizer steps since the start of training. Epoch, batch, learning rate, image size, decay of the
+    average and seeds are computed from it.
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
@@ -32,7 +32,7 @@ class TrainingState:
 
     @property
     def result(self) -> nn.Module:
-        """The model to test and to keep."""
+        """The model that is tested and kept: the average if there is one."""
         return self.model if self.average is None else self.average
 
     def update_average(self, decay: float) -> None:
@@ -41,7 +41,7 @@ class TrainingState:
             get_ema_multi_avg_fn(decay)(_averaged(self.average), _averaged(self.model), None)
 
     def sync_buffers(self) -> None:
-        """Copy integer buffers, such as batch norm's counters, to the average, then all buffers from rank 0."""
+        """Before a test: copy integer buffers, such as batch norm's counters, to the average; all buffers from rank 0."""
         if self.average is not None:
             for kept, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 if not (kept.is_floating_point() or kept.is_complex()):
@@ -59,8 +59,9 @@ class TrainingState:
         """Return whether all weights, statistics and optimizer states are finite."""
         buffers = [value for entry in self.optimizer.state.values() for value in entry.values()]
         tensors = [*self.model.state_dict().values(), *filter(torch.is_tensor, buffers)]
-        # One tensor, which is read once: each read waits for the device.
-        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+        # One tensor, which is read once: each read waits for the device. Adam's counters are on the CPU.
+        device = next(self.model.parameters()).device
+        return bool(torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all())
 
     def state_dict(self) -> dict:
         """Return what a checkpoint holds: tensors of this state, not copies, and plain values."""

@@ -27,7 +27,7 @@ from session8.evaluation import test
 from session8.optim import set_lr
 from session8.start import epoch_line, epochs_done, prepare
 
-REFRESH_STEPS, REFRESH_STEPS_ON_CPU = 20, 4  # between two reads of the loss; until then nothing waits for the device
+REFRESH_STEPS, REFRESH_STEPS_ON_CPU = 20, 4  # between reads of the loss, each of which waits for the device
 
 
 def fit(
@@ -44,9 +44,10 @@ def fit(
 ) -> dict:
     """Train a model in place with a recipe, and test it after every epoch.
 
-    The test accuracy is only shown: there is no early stopping and no selection of the best epoch. Ctrl-C ends
-    training and restores history and weights of the end of the last epoch, or of the start of this call. With
-    `config.ema_decay`, the moving average of the weights is tested, and left in the model.
+    The test accuracy is only shown: there is no early stopping and no selection of the best epoch. With
+    `config.ema_decay`, the moving average of the weights is tested, and left in the model. On Ctrl-C, `fit` restores
+    the state after the last completed epoch, or at the start of this call, saves it unless a newer checkpoint exists,
+    and returns the history: KeyboardInterrupt is not raised again.
 
     Under torchrun, or with a process group of the caller's, the processes share each batch (PyTorch's
     DistributedDataParallel) and the test images. All must make the same call. Rank 0 prints, and reads and writes
@@ -84,8 +85,8 @@ def fit(
             model, train_split, test_split, config, device, checkpoint_dir, checkpoint_seconds, transform, num_workers
         )
         rank, world_size, steps_per_epoch = distributed.rank(), distributed.world_size(), len(train_loader)
-        network = state.model  # what takes the steps
-        if world_size > 1:  # gradients are averaged over the ranks, and each forward pass uses the buffers of rank 0
+        network = state.model  # the module of forward and backward passes
+        if world_size > 1:  # it averages gradients over the ranks, and each forward pass uses the buffers of rank 0
             network = DistributedDataParallel(state.model, gradient_as_bucket_view=True)
         # Sums since the last refresh, on the device: of the loss over images, and of correct predictions.
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -155,10 +156,12 @@ def fit(
             state.load_state_dict(snapshot)
             checkpoints.save(snapshot)  # does nothing if a later step of the interrupted epoch was saved
             print(f"\nInterrupted: history and weights are those after {epochs_done(state.step, steps_per_epoch)}.")
+        except TrainingDiverged:  # on all ranks, and again if it were resumed
+            raise
         except RuntimeError as error:
             if world_size > 1:
                 error.add_note(f"Rank {rank} of {world_size}. If another rank ended first, see its message.")
-            if checkpoints.step >= 0 and not isinstance(error, TrainingDiverged):  # which would diverge again
+            if checkpoints.step >= 0:
                 error.add_note(f"The same call resumes from the last checkpoint in '{checkpoint_dir}'.")
             raise
         finally:
