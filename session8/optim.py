@@ -27,7 +27,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     fused = next(model.parameters()).is_cuda
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if isinstance(optimizer, torch.optim.SGD) and config.momentum:
-        # SGD creates the buffers in its first step. If that overflows in float16, the fused kernel leaves them undefined.
+        # SGD creates its buffers in the first step. If it overflows in float16, the fused kernel leaves them undefined.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -41,7 +41,7 @@ class TrainingState:
             get_ema_multi_avg_fn(decay)(_averaged(self.average), _averaged(self.model), None)
 
     def sync_buffers(self) -> None:
-        """Before a test: copy integer buffers, such as batch norm's counters, to the average; all buffers from rank 0."""
+        """Copy integer buffers, such as batch norm's counters, to the average, then all buffers from rank 0."""
         if self.average is not None:
             for kept, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 if not (kept.is_floating_point() or kept.is_complex()):
