@@ -78,6 +78,7 @@ CASES = [
     (vision_transformer, VIT, ["torchsummary cannot show VisionTransformer (AttributeError: ", "Parameters: 15,690"]),
     (lambda: Recurrent(nn.LSTM), LSTM, ["torchsummary cannot show Recurrent (AttributeError: ", "Parameters: 7,466"]),
     (lambda: Recurrent(nn.GRU), GRU, ["(MACs): 0.172 million per image"]),
+    (batch_norm_before_the_head, 4 * 768 * 4 + 40, ["BatchNorm1d-4", "(MACs): 0.0123 million per image"]),
     (DictOutput, 30720, ["Linear-1", "Total params: 30,730", "(MACs): 0.0307 million per image"]),
     (NoCopy, math.nan, ["(RuntimeError: cannot be copied: it holds a lock).", "(MACs): cannot be counted"]),
     (Failing, math.nan, ["(TypeError: needs a mask).", "Parameters: 30,730", "(MACs): cannot be counted"]),
