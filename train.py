@@ -6,11 +6,10 @@ The run goes to runs/, where a repeated command resumes it. Several processes sh
 """
 
 import argparse
-import io
 import os
 import signal
 import sys
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 
 if __name__ == "__main__":
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -105,36 +104,35 @@ def evaluate(file, data, device):
     return measured
 
 
-@contextmanager
-def messages():
-    """Replace a traceback by a message if the input is wrong, and end with status 1, or 130 after Ctrl-C.
+def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout, width=config.width)):
+    """Train, or test saved weights, as the command line says.
 
-    Of several processes, rank 0 alone reports what all have in common. Exceptions that the package does not document
-    are faults of the code, and pass unchanged.
+    Exits with a message and status 2 if an option is wrong, 1 if training is not possible, 130 if it is interrupted.
+    Other exceptions than those that the package documents are faults of the code, and pass unchanged.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    is_first_rank = os.environ.get("RANK", "0") == "0"
+    is_first_rank = os.environ.get("RANK", "0") == "0"  # which alone reports what all ranks have in common
     try:
-        yield
+        with open(os.devnull, "w") as nowhere:
+            output, errors = (sys.stdout, sys.stderr) if is_first_rank else (nowhere, nowhere)
+            with redirect_stdout(output), redirect_stderr(errors):
+                options, config = read_options()
+        if options.evaluate:
+            evaluate(options.evaluate, options.data, get_device(options.device))
+        else:
+            with distributed.process_group(options.device) as device:
+                train(make_model, options, config, device)
+            distributed.leave_group()
         sys.stdout.flush()  # so that a closed pipe or a full disk is noticed here
-    except BrokenPipeError:  # the reader has ended, as `head` does
-        _give_up_output()
-        sys.exit(1)
-    except (distributed.RankError, TrainingDiverged) as error:  # of all ranks
-        sys.exit(_with_notes(error) if is_first_rank else 1)
-    except (OSError, ValueError, CheckpointError) as error:
-        _give_up_output()
-        sys.exit(_with_notes(error))
     except KeyboardInterrupt as error:
         if is_first_rank:
             print(str(error) or "Interrupted.", file=sys.stderr)
         sys.exit(130)
-
-
-def _with_notes(error):
-    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+    except (OSError, ValueError, CheckpointError, TrainingDiverged, distributed.RankError) as error:
+        _give_up_output()
+        of_all_ranks = isinstance(error, TrainingDiverged | distributed.RankError)
+        if isinstance(error, BrokenPipeError) or (of_all_ranks and not is_first_rank):
+            sys.exit(1)  # silently: the reader of the output has ended, as `head` does, or rank 0 reports the error
+        sys.exit("\n".join([str(error), *getattr(error, "__notes__", [])]))
 
 
 def _give_up_output():
@@ -145,25 +143,7 @@ def _give_up_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(make_model=lambda config: AdvancedCNN(dropout=config.dropout, width=config.width)):
-    """Train, or test saved weights, as the command line says.
-
-    Exits with a message and status 2 if an option is wrong, 1 if training is not possible, 130 if it is interrupted.
-    """
-    with messages():
-        with ExitStack() as silent:
-            if os.environ.get("RANK", "0") != "0":
-                nowhere = silent.enter_context(open(os.devnull, "w"))
-                silent.enter_context(redirect_stdout(nowhere))
-                silent.enter_context(redirect_stderr(nowhere))
-            options, config = read_options()
-        if options.evaluate:
-            evaluate(options.evaluate, options.data, get_device(options.device))
-            return
-        with distributed.process_group(options.device) as device:
-            train(make_model, options, config, device)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for characters in paths that its encoding lacks
     main()

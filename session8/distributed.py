@@ -33,10 +33,10 @@ def rank() -> int:
 
 @contextmanager
 def process_group(device: torch.device | str | None = None) -> Iterator[torch.device]:
-    """Join the process group that torchrun describes, and leave it at the end. Yields this rank's torch.device.
+    """Join the process group that torchrun describes, if the process is in none. Yields this rank's torch.device.
 
-    On CUDA each process uses the GPU of its LOCAL_RANK. A group that exists already is used as it is, and is not left.
-    Standard output of the ranks other than 0 is discarded.
+    On CUDA each process uses the GPU of its LOCAL_RANK. Standard output of the ranks other than 0 is discarded. The
+    process stays in the group at the end: see `leave_group`.
 
     device: as in `get_device`. Raises ValueError if it is not available, or if torchrun's variables are incomplete or
     do not allow restarts; RankError, with several processes, if a rank cannot use its device.
@@ -52,7 +52,15 @@ def process_group(device: torch.device | str | None = None) -> Iterator[torch.de
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield device
-    if joins:  # not after an error: NCCL would wait for ranks that wait for this one
+
+
+def leave_group() -> None:
+    """Leave the process group at the end of a program, as NCCL asks.
+
+    Not before: the next group would find the addresses of this one in torchrun's store, and fail or hang. Nor after an
+    error: NCCL would wait for ranks that wait for this one.
+    """
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

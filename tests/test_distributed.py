@@ -1,360 +1,470 @@
-"""Several processes: the same training as in one, whatever their number, and no hang if one of them fails."""
+"""Several processes: the same training as in one, whatever their number, and no hang if one of them fails.
+
+Started by torchrun, this file is a program that trains twice.
+"""
 
 import contextlib
+import io
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import albumentations as A
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-from networks import Linear
+from fakes import class_folders
+from networks import Linear, TinyNetwork, interrupt
 
-from session8 import distributed, trainer, training
+import train
+from session8 import data, distributed, evaluation, training
 from session8.checkpoint import load_checkpoint
-
-if os.name != "posix":
-    pytest.skip("the processes are forked", allow_module_level=True)
-
-import processes
-import ranks
+from session8.config import Config
+from session8.loaders import make_loader
 
 ROOT = Path(__file__).resolve().parent.parent
-WORLD_SIZES = (2, 3)
+# Of 135 images: five batches of 25, and one of 10. With all that a recipe can ask for.
+RECIPE = Config(
+    epochs=3, batch_size=25, lr=0.02, seed=3, padding="reflect", flip="alternate", low_res_epochs=1, ema_decay=0.9,
+    bias_lr_scale=2.0,
+)  # fmt: skip
+# For linear networks, whose results do not depend on the number of processes.
+PLAIN = Config(epochs=3, batch_size=25, lr=0.002, label_smoothing=0.1, precision="float32")
+UNEVEN = Config(epochs=1, batch_size=5, lr=0.02, label_smoothing=0.2, precision="float32")  # of 13 images: 5, 5, 3
 pytestmark = pytest.mark.xdist_group("several processes")  # in one worker, for the fixtures of the module
+
+SCENARIOS = {}  # run in the order of this file by a group of two processes, and one of three: their start is slow
+
+
+def scenario(function):
+    """Register a function of (rank, world_size, folder). The fixture `group` holds its results, a dict of each rank."""
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def run_scenarios(rank, world_size, folder):
+    torch.set_num_threads(1)
+    training.REFRESH_STEPS_ON_CPU = 1
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group-{world_size}", rank=rank, world_size=world_size)
+    found = {}
+    for name, function in SCENARIOS.items():
+        (folder / name).mkdir(exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            found[name] = {**function(rank, world_size, folder / name), "log": log.getvalue()}
+    return found
 
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    """Run all checks in a group of two processes, then of three. Returns {world size: [what each rank found]}."""
-    folder, found = tmp_path_factory.mktemp("groups"), {"folder": tmp_path_factory.getbasetemp()}
-    for world_size in WORLD_SIZES:
-        if world_size == 3:
+    """Run the scenarios. Returns {world size: {scenario: [results of each rank]}}."""
+    folder, found = tmp_path_factory.mktemp("groups"), {}
+    class_folders(folder / "images")
+    processes.run(int)  # starts the server, which imports the modules once
+    for world_size in (2, 3):
+        with processes.context.Pool(world_size) as pool:  # whose end kills processes that hang
+            ranks = [(rank, world_size, folder) for rank in range(world_size)]
+            by_rank = pool.starmap_async(run_scenarios, ranks, chunksize=1).get(timeout=120)
+        found[world_size] = {name: [of_rank[name] for of_rank in by_rank] for name in SCENARIOS}
+        if world_size == 2:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(training, "REFRESH_SECONDS", 0)
-                found["alone"] = ranks.continue_alone(folder)
-        started = [
-            processes.start(ranks.join, ranks.checks, rank, world_size, str(folder)) for rank in range(world_size)
-        ]
-        deadline = time.monotonic() + 120
-        for process in started:
-            process.join(max(0, deadline - time.monotonic()))
-        hung = [process for process in started if process.exitcode is None]
-        for process in hung:
-            process.kill()
-        assert not hung and all(process.exitcode == 0 for process in started)
-        found[world_size] = [torch.load(folder / f"{world_size}-{rank}.pt") for rank in range(world_size)]
-    found["folder"] = folder
+                patch.setattr(training, "REFRESH_STEPS_ON_CPU", 1)
+                assert passed_on(0, 1, folder / "passed_on")["raised"] == "RuntimeError: stopped"
     return found
 
 
-@pytest.fixture(params=WORLD_SIZES)
+@pytest.fixture(params=(2, 3), ids="{} processes".format)
 def group(groups, request):
     return groups[request.param]
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return ranks.train_uneven()
+def images(n_train=135, n_test=100):
+    return data.synthetic_cifar10(n_train, n_test)
 
 
-def update(result):
-    """Return the change of the weights of a Linear network, as one vector."""
-    weights = result["weights"]
-    return torch.cat([(weights[name] - value).flatten() for name, value in Linear().state_dict().items()])
+def fit(model, config, folder=None, splits=None, device="cpu", **keywords):
+    """Train with a checkpoint at every refresh. Returns weights and history, or what was raised, as a dict."""
+    try:
+        history = training.fit(model, *(splits or images()), config, device, folder, checkpoint_seconds=0, **keywords)
+        return {"weights": model.state_dict(), "history": history}
+    except Exception as error:
+        return {"raised": f"{type(error).__name__}: {error}"}
 
 
-def relative(one, other):
-    return ((one - other).norm() / other.norm()).item()
+def acting(model, step, action):
+    """Have a model call action(model) before a step of training, counted in this process from 1; 0: never."""
+    batches = []
+
+    def before(module, inputs):
+        if module.training and len(inputs[0]) > 2:  # not in the trial before training
+            batches.append(len(inputs[0]))
+            if len(batches) == step:
+                action(module)
+
+    model.register_forward_pre_hook(before)
+    return model
 
 
-def equal(one, other):
-    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+def stop(_):
+    raise RuntimeError("stopped")
 
 
 def numbers(history):
-    return {name: values for name, values in history.items() if name not in ("seconds", "parts")}
+    return {name: values for name, values in history.items() if name not in ("seconds", "run")}
+
+
+def assert_equal(one, other):
+    """Assert that weights and history of two results are bitwise equal."""
+    assert numbers(one["history"]) == numbers(other["history"])
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
+
+
+def distance(one, other):
+    """Return by how much the changes of a Linear network's weights differ, relative to the second."""
+    one, other = (
+        torch.cat([(result["weights"][name] - value).flatten() for name, value in Linear().state_dict().items()])
+        for result in (one, other)
+    )
+    return ((one - other).norm() / other.norm()).item()
+
+
+def assert_close(one, other, tolerance):
+    assert distance(one, other) < tolerance
+    for name, values in numbers(other["history"]).items():
+        assert one["history"][name] == pytest.approx(values, rel=tolerance), name
 
 
 # -- the same training ---------------------------------------------------------------------------------------------
 
 
-def test_three_steps_equal_those_of_one_process(group, alone):
-    for found in group:
-        assert relative(update(found["uneven"]), update(alone)) < 1e-5
-        for name, values in numbers(alone["history"]).items():
-            assert found["uneven"]["history"][name] == pytest.approx(values, rel=1e-5), name
+@scenario
+def uneven(*_):
+    """Train for three steps, of 5, 5 and 3 images, with one refresh, and test with 2; then without the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "REFRESH_STEPS_ON_CPU", 4)
+        right, step = fit(Linear(), UNEVEN, splits=images(13, 2)), training.train_step
+        patch.setattr(training, "train_step", lambda *arguments, weight, size: step(*arguments, size=size))
+        return {**right, "mean of rank means": fit(Linear(), UNEVEN, splits=images(13, 2))}
 
 
-def test_the_mean_of_rank_means_would_be_noticed(groups, alone):
-    for found in groups[2]:  # batches of 5 and 3: shares of 3 and 2, and of 2 and 1
-        assert relative(update(found["mistake"]), update(alone)) > 1e-3
+def test_three_steps_equal_those_of_one_process(group):
+    alone = uneven()
+    for found in group["uneven"]:
+        assert_close(found, alone, 1e-5)
+        if len(group["uneven"]) == 2:  # shares of 3 and 2, and of 2 and 1: a mistake would be noticed
+            assert distance(found["mean of rank means"], alone) > 1e-3
 
 
-def test_testing_counts_every_image_once(group):
-    expected = ranks.test_sizes()
-    for found in group:
-        for (loss, accuracy), (one_loss, one_accuracy) in zip(found["tests"], expected, strict=True):
-            assert loss == pytest.approx(one_loss, rel=1e-5) and accuracy == one_accuracy
+@scenario
+def unbroken(rank, world_size, folder):
+    """Train with the weights of rank 0, and note the random state from which dropout draws."""
+    model, own, seeds = TinyNetwork(seed=rank), folder / f"{world_size}-{rank}", []
+    model.register_forward_pre_hook(lambda module, _: seeds.extend([torch.initial_seed()] * module.training))
+    return {**fit(model, RECIPE, own), "seeds": seeds[-18:], "saved": load_checkpoint(own)}
 
 
 def test_all_ranks_have_the_weights_and_the_history_of_rank_0(group):
-    first, *others = (found["unbroken"] for found in group)
-    assert any("running_var" in name for name in first["weights"])
+    first, *others = group["unbroken"]
+    assert "1.running_var" in first["weights"]
     for other in others:
-        assert equal(first["weights"], other["weights"])
-        assert numbers(first["history"]) == numbers(other["history"])
-    random = {tuple(found["random"].tolist()) for found in group}
-    assert len(random) == len(group)  # dropout differs between the ranks
+        assert_equal(other, first)
+    run = first["history"]["run"]
+    assert run["world_size"] == len(run["devices"]) == len(group["unbroken"])
+    assert all(", 1 thread," in device for device in run["devices"])
 
 
-def test_the_saved_model_is_the_tested_one(group, groups):
-    state = load_checkpoint(groups["folder"] / f"unbroken-{len(group)}")
-    model = ranks.FailingNetwork()
-    average = {name.removeprefix("module."): value for name, value in state["average"].items()}
-    model.load_state_dict({name: average[name] for name in model.state_dict()})
-    loader = trainer.make_loader(ranks.splits()[1], 500, train=False)
-    loss, accuracy = training.test(model, loader, ranks.RECIPE, torch.device("cpu"))
+def test_dropout_differs_between_ranks_and_steps(group):
+    assert len({seed for found in group["unbroken"] for seed in found["seeds"]}) == 18 * len(group["unbroken"])
+
+
+def test_the_saved_model_is_the_tested_one(group):
+    model, state = TinyNetwork(), group["unbroken"][0]["saved"]
+    model.load_state_dict(state["average"])
+    loss, accuracy = evaluation.test(model, make_loader(images()[1], 500, train=False), RECIPE, "cpu")
     assert accuracy == state["history"]["test_accuracy"][-1]
     assert loss == pytest.approx(state["history"]["test_loss"][-1], rel=1e-5)
 
 
-def test_rank_0_alone_prints_and_says_how_the_work_is_shared(group):
-    first, *others = (found["printed"] for found in group)
-    assert f"{len(group)} processes share each batch of 25. Batch norm uses each process's share" in first
-    assert first.count("Test set: Average loss") == 3 and "Batch_id=5" in first
-    assert not any(others)
-
-
-def test_the_history_names_the_number_of_processes_and_each_device(group):
-    (part,) = group[0]["unbroken"]["history"]["parts"]
-    assert part["world_size"] == len(part["devices"]) == len(group)
-    assert all(", 1 thread," in device for device in part["devices"])
-
-
-def test_what_the_ranks_tell_each_other(group):
-    n = len(group)
-    for found in group:
-        assert found["gathered"] == [10 * rank for rank in range(n)] and found["sent"] == 5
-        assert found["sum"] == [n, sum(range(n))]
-
-
-def test_one_process_alone_does_not_communicate():
-    tensor = torch.ones(2)
-    assert distributed.gather("a") == ["a"] and distributed.broadcast("a") == "a"
-    assert distributed.sum_over_ranks(tensor) is tensor and (distributed.rank(), distributed.world_size()) == (0, 1)
-    with distributed.process_group("cpu") as device:
-        assert device == torch.device("cpu") and not dist.is_initialized()
-    with pytest.raises(KeyError, match="unchanged"), distributed.raise_together():
-        raise KeyError("unchanged")
+def test_rank_0_alone_prints_and_writes(group):
+    first, *others = group["unbroken"]
+    assert f"{1 + len(others)} processes share each batch of 25. Batch norm uses each process's share" in first["log"]
+    assert first["log"].count("Test set: Average loss") == 3 and "Batch_id=5" in first["log"]
+    assert not any(other["log"] or other["saved"] for other in others)
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------
 
 
+@scenario
+def resumed(rank, world_size, folder):
+    """Train with an error in the first epoch, then Ctrl-C in the second, then to the end. No folder is shared."""
+    acts = ((4, stop), (9, interrupt), (0, None))
+    models = [acting(TinyNetwork(seed=3 * rank + index), *act) for index, act in enumerate(acts)]
+    _, interrupted, result = (fit(model, RECIPE, folder / f"{world_size}-{rank}") for model in models)
+    return {**result, "interrupted after": len(interrupted["history"]["seconds"])}
+
+
 def test_resuming_with_the_same_number_of_processes_is_bitwise_equal(groups):
-    for found in groups[2]:  # with three, the order of sums depends on DistributedDataParallel's buckets
-        assert equal(found["resumed"]["weights"], found["unbroken"]["weights"])
-        assert numbers(found["resumed"]["history"]) == numbers(found["unbroken"]["history"])
-        assert [part["epochs"] for part in found["resumed"]["history"]["parts"]] == [
-            [0, pytest.approx(3 / 6)],
-            [pytest.approx(3 / 6), pytest.approx(11 / 6)],
-            [pytest.approx(11 / 6), 3],
-        ]
+    # With three, the order of sums depends on DistributedDataParallel's buckets.
+    for found, expected in zip(groups[2]["resumed"], groups[2]["unbroken"], strict=True):
+        assert_equal(found, expected)
+        assert found["history"]["run"]["resumed"] == 2 and found["interrupted after"] == 1
+
+
+@scenario
+def passed_on(rank, world_size, folder):
+    """Train a part of the same run in two processes, in one, then in three. The folder of ranks above 0 is not used."""
+    model = acting(Linear(), {2: 10, 1: 3}.get(world_size, 0), stop)
+    return fit(model, PLAIN, folder / "run" if rank == 0 else "/dev/null/run")
 
 
 def test_two_processes_then_one_then_three_train_the_run_of_one(groups):
-    assert groups[2][0]["passed on"][:2] == groups["alone"][:2] == ["RuntimeError", "stopped"]
-    model = Linear()
-    history = trainer.fit(model, *ranks.splits(), ranks.RESUMED, "cpu")
-    for found in groups[3]:
-        assert [part["world_size"] for part in found["passed on"]["parts"]] == [2, 1, 3]
-        for name, values in numbers(history).items():
-            assert found["passed on"][name] == pytest.approx(values, rel=1e-4), name
-        ours = {"weights": found["passed on, weights"]}
-        assert relative(update(ours), update({"weights": model.state_dict()})) < 1e-4
-    log = groups[3][0]["passed on, log"]
-    assert "It was saved with world size 1: dropout draws other numbers" in log
-    assert "Changed since: processes. " in log
+    alone = fit(Linear(), PLAIN)
+    for found in groups[3]["passed_on"]:
+        assert_close(found, alone, 1e-4)
+        run = found["history"]["run"]
+        assert (run["first_start"]["world_size"], run["resumed"], run["world_size"]) == (2, 2, 3)
+    assert re.search(r"Resuming from .*Changed since: .*world_size", groups[3]["passed_on"][0]["log"])
 
 
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
-def test_fault_a_nan_of_one_rank_ends_all_with_the_same_message(group):
-    messages = {tuple(found["nan"][:2]) for found in group}
-    ((kind, message),) = messages
-    assert kind == "TrainingDiverged" and "the loss became nan in epoch 1, Batch_id=3" in message
-    assert all(value.isfinite().all() for found in group for value in found["nan, saved"].values())
+@scenario
+def nan(rank, world_size, folder):
+    def spoil(network):
+        network.head.weight.data[0, 0] = float("nan")
+
+    model = acting(Linear(), 4 if rank == 1 else 0, spoil)
+    return {**fit(model, PLAIN, folder / f"{world_size}-{rank}"), "saved": load_checkpoint(folder / f"{world_size}-0")}
 
 
-def test_fault_full_folder_is_reported_and_every_rank_goes_on(group):
-    for found in group:
-        assert len(found["full"]["test_loss"]) == 3
-    assert "Checkpoint not written ([Errno 28] No space left on device). Training continues" in group[0]["full, log"]
-    assert not any(found["full, log"] for found in group[1:])
+def test_a_nan_of_one_rank_ends_all_with_the_same_message(group):
+    for found in group["nan"]:
+        assert found["raised"].startswith("TrainingDiverged: the loss became nan in epoch 1, Batch_id=3 to 3")
+        assert found["saved"]["step"] == 3 and found["saved"]["model"]["head.weight"].isfinite().all()
+
+
+@scenario
+def full_folder(rank, world_size, folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # bytes of a file, as on a full disk
+    try:
+        return fit(Linear(), PLAIN, folder / f"{world_size}-{rank}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_a_full_folder_is_reported_and_every_rank_goes_on(group):
+    assert all(len(found["history"]["seconds"]) == 3 for found in group["full_folder"])
+    log = group["full_folder"][0]["log"]
+    assert re.search(r"Checkpoint not written to '.*' \(\[Errno 27\] File too large\): free some space", log)
+
+
+CROP = A.Compose([A.CenterCrop(32, 32)])
+BAD_INPUT = [  # arguments of the last rank; those of the others, if they are not the usual ones; what all ranks raise
+    ({"config": replace(PLAIN, lr=0.03)}, {}, "rank {last} differs from rank 0: lr was 0.002 and is 0.03"),
+    ({"splits": images(136)}, {}, "rank {last} differs from rank 0: data was "),
+    ({"model": TinyNetwork()}, {}, "rank {last} differs from rank 0: network was 'Linear .* and is 'TinyNet"),
+    ({"transform": CROP}, {}, "rank {last} differs from rank 0: augmentation was "),
+    # Processors of two generations, of which the scenario makes the last rank's compute in bfloat16.
+    (*[{"config": replace(PLAIN, precision="auto")}] * 2, "rank {last} differs.* arithmetic was 'float32' and is 'bf"),
+    ({"device": "cuda:7"}, {}, "rank {last} of {n}: ValueError: device is 'cuda:7', which is not available"),
+    ({}, {"folder": "/dev/null/run"}, r"rank 0 of {n}: CheckpointError: '/dev/null/run' cannot be written .*: choose"),
+    (*[{"splits": images(126)}] * 2, "rank 0 .*: {n} processes share the last batch of 1 image: use at most 1 process"),
+]
+
+
+@scenario
+def bad_input(rank, world_size, _):
+    is_last = rank == world_size - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": is_last})
+        changes = [of_last if is_last else of_others for of_last, of_others, _ in BAD_INPUT]
+        return {"raised": [fit(**{"model": Linear(), "config": PLAIN, **change})["raised"] for change in changes]}
+
+
+@pytest.mark.parametrize("case, words", [(case, words) for case, (*_, words) in enumerate(BAD_INPUT)])
+def test_bad_input_of_one_rank_is_raised_by_all(group, case, words):
+    n = len(group["bad_input"])
+    for found in group["bad_input"]:
+        assert re.match(f"RankError: {words}".format(n=n, last=n - 1), found["raised"][case]), found["raised"][case]
+
+
+@scenario
+def gpus(rank, *_):
+    """Ask for a device on a machine that seems to have four GPUs, then one."""
+
+    def join(asked):
+        with distributed.process_group(asked) as device:
+            return str(device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(rank))
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        patch.setattr("torch.cuda.device_count", lambda: 4)
+        patch.setattr("torch.cuda.current_device", lambda: 0)
+        patch.setattr("torch.cuda.set_device", lambda device: None)
+        found = [join(asked) for asked in (None, "cuda", "cuda:1")]
+        patch.setattr("torch.cuda.device_count", lambda: 1)
+        with pytest.raises(distributed.RankError) as error:
+            join(None)
+    return {"devices": found, "raised": str(error.value)}
+
+
+def test_each_rank_uses_the_gpu_of_its_local_rank(group):
+    for rank, found in enumerate(group["gpus"]):
+        assert found["devices"] == [f"cuda:{rank}", f"cuda:{rank}", "cuda:1"]
+        assert "LOCAL_RANK is 1, but this machine has 1 GPU: use --nproc-per-node=1" in found["raised"]
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+RESTARTS = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
 
 
 @pytest.mark.parametrize(
-    "what, message",
+    "environment, missing, words",
     [
-        ("configuration", "rank {last} differs from rank 0: lr was 0.02 and is 0.03"),
-        ("data", "rank {last} differs from rank 0: data was "),
-        ("folder", "rank {last} of {n}: CheckpointError: '.*' is not the folder of rank 0: use one that all"),
-        ("folder or none", "rank {last} differs from rank 0: checkpoint_dir given was True and is False"),
-        ("file", "rank {last} of {n}: CheckpointError: '.*' is not the folder of rank 0"),
-        ("too many", "rank 0 of {n}: ValueError: {n} processes share the last batch of 1 image: use at most 1"),
-        ("arithmetic", "rank {last} differs from rank 0: arithmetic was 'float32' and is 'bfloat16'"),
-        ("checkpoint", "rank {last} differs from rank 0: checkpoint was "),
-        ("device", "rank {last} of {n}: ValueError: device is 'cuda:7', which is not available"),
+        (TORCHRUN, ["RANK"], r"^rank \?: RANK not set, but other variables of torchrun are: .* or unset RANK, "),
+        (TORCHRUN, ["WORLD_SIZE"], "^rank 1: WORLD_SIZE not set, but .*: start the processes with torchrun"),
+        (TORCHRUN, ["LOCAL_RANK", "MASTER_PORT"], "^rank 1: LOCAL_RANK, MASTER_PORT not set, but"),
+        (RESTARTS, [], "^--max-restarts is 3, after which .* set .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"),
     ],
 )
-def test_bad_input_of_one_rank_is_raised_by_all(group, what, message):
-    message = message.format(n=len(group), last=len(group) - 1)
-    for found in group:
-        kind, text, _ = found[what]
-        assert kind == "RankError" and re.match(message, text), text
-        assert found["seconds"] < 30 and found["left"] == []
+def test_bad_input_variables_of_torchrun(monkeypatch, environment, missing, words):
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: pytest.fail("would wait for the other ranks"))
+    for name in {*environment} - {*missing}:
+        monkeypatch.setenv(name, environment[name])
+    with pytest.raises(ValueError, match=words):
+        training.fit(Linear(), *images(), PLAIN, "cpu")
 
 
-@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
-def test_bad_input_variables_of_torchrun_half_set(monkeypatch, missing):
-    values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name in {*values} - {missing}:
-        monkeypatch.setenv(name, values[name])
-    with pytest.raises(ValueError, match=rf"^rank (1|\?): {missing} not set, but other variables of torchrun are"):
-        trainer.fit(Linear(), *ranks.splits(), ranks.PLAIN, "cpu")
-    assert not dist.is_initialized()
+# -- train.py ------------------------------------------------------------------------------------------------------
 
 
-def test_bad_input_restarts_on_several_machines_that_would_hang(monkeypatch):
-    values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    elastic = {"USE_AGENT_STORE": "True", "MAX_RESTARTS": "3"}
-    for name, value in {**values, **{f"TORCHELASTIC_{key}": value for key, value in elastic.items()}}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        trainer.fit(Linear(), *ranks.splits(), ranks.PLAIN, "cpu")
+@scenario  # the last one: the command leaves the group at its end
+def command(rank, world_size, folder):
+    """Run train.py with a wrong option, without its data, with a learning rate that is too high, and to the end."""
+    small = ["--epochs", "1", "--batch-size", "10", "--width", "0.25", "--device", "cpu", "--data"]
+    found, own, folders = [], folder / f"{world_size}-{rank}", str(folder.parent / "images")
+    own.mkdir()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as errors:
+        patch.chdir(own)
+        patch.setenv("RANK", str(rank))
+        for options in (["--epochs", "0"], [*small, "nowhere"], [*small, folders, "--lr", "1e30"], [*small, folders]):
+            patch.setattr("sys.argv", ["train.py", *options])
+            try:
+                found.append(train.main())
+            except SystemExit as ended:
+                found.append(ended.code)
+    records = [json.loads(path.read_text()) for path in own.rglob("record.json")]
+    return {"ended": found, "errors": errors.getvalue(), "records": records}
 
 
-@pytest.mark.parametrize(
-    "device, local, message",
-    [
-        (None, 1, "LOCAL_RANK is 1, but this machine has 1 GPU: use --nproc-per-node=1"),
-        ("cuda:0", 0, "device is 'cuda:0', but each process uses the GPU of its LOCAL_RANK: use 'cuda'"),
-    ],
-)
-def test_bad_input_a_rank_without_a_gpu_of_its_own(monkeypatch, device, local, message):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setenv("LOCAL_RANK", str(local))
-    with pytest.raises(ValueError, match=message):
-        distributed._own_device(device, joined=True)
-
-
-def test_in_a_group_of_the_callers_each_rank_uses_the_gpu_of_its_local_rank(monkeypatch):
-    chosen = []
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    assert distributed._own_device(None, joined=False) == distributed._own_device("cuda", joined=False)
-    assert distributed._own_device("cuda:1", joined=False) == torch.device("cuda", 1)
-    assert chosen == [torch.device("cuda", index) for index in (2, 2, 1)]
+def test_the_command_of_several_processes_prints_one_message_and_writes_one_record(group):
+    first, *others = group["command"]
+    wrong, missing, diverged, trained = first["ended"]
+    assert wrong == 2 and "epochs is 0; expected at least 1" in first["errors"]
+    assert re.match(r"rank 0 of \d: DatasetUnavailable: root is 'nowhere', which is not a directory", missing)
+    assert re.match("the loss became (nan|inf) in epoch 1.*: use a smaller lr", diverged) and trained is None
+    assert [record["world_size"] for record in first["records"]] == [1 + len(others)]
+    assert "Record and weights: " in first["log"]
+    assert all(other == {"ended": [2, 1, 1, None], "errors": "", "records": [], "log": ""} for other in others)
 
 
 # -- torchrun ------------------------------------------------------------------------------------------------------
 
 
-def torchrun(what, folder, *options):
-    folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-m", "torch.distributed.run", *options, ROOT / "tests" / "ranks.py", what, folder]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def program(job, folder):
+    """Train twice, each rank with folders of its own. Rank 1 is killed in the first, or fails in the second."""
+    folder, rank = Path(folder), int(os.environ["RANK"])
+    (folder / f"pid-{os.getpid()}").touch()
+    torch.set_num_threads(1)
+    training.REFRESH_STEPS_ON_CPU = 1
+    is_killed = job == "restarts" and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if job == "fails":  # without TORCH_DISABLE_SHARE_RDZV_TCP_STORE
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+            assert "ValueError: --max-restarts is 3, after which" in fit(Linear(), PLAIN)["raised"]
 
+    def fail(_):
+        (folder / "failed").write_text(str(time.time()))
+        raise ArithmeticError("this rank cannot go on")
 
-def finish(agents, folder):
-    """Wait for the agents. Returns their output and the time; fails if they hang or leave a process behind."""
-    output, deadline = "", time.monotonic() + 120
-    try:
-        for agent in agents:
-            output += agent.communicate(timeout=max(1, deadline - time.monotonic()))[0]
-        ended = time.time()
-    finally:
-        left = []
-        for process in (*(agent.pid for agent in agents), *(int(path.name[4:]) for path in folder.glob("pid-*"))):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-                left.append(process)
-    assert not left
-    return output, ended
+    model = acting(TinyNetwork(), 9 if is_killed else 0, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    torch.save(fit(model, RECIPE, folder / f"first-{rank}"), folder / f"result-{rank}.pt")
+    time.sleep(1 - rank)  # rank 1 must not meet the group of the first training
+    model, own = acting(Linear(), 4 if job == "fails" and rank == 1 else 0, fail), folder / f"second-{rank}"
+    training.fit(model, *images(), PLAIN, "cpu", own, checkpoint_seconds=0)
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Two jobs at once: one loses a rank and is restarted, the other consists of two agents, as on two machines."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("restarted", "agents")]
-    restarted = torchrun("killed", folders[0], "--standalone", "--nproc-per-node=2", "--max-restarts=3")
+    """Run two jobs at once: of two agents, as on two machines, and of one. Returns {job: (status, output, folder)}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
-    options += ["--rdzv-id=together", "--local-addr=127.0.0.1", "--max-restarts=0"]
-    agents = [torchrun("trains", folders[1], *options) for _ in "12"]
-    output = finish([restarted], folders[0])[0]
-    return {
-        "restarted": (restarted.returncode, output, folders[0]),
-        "agents": (0, finish(agents, folders[1])[0], folders[1]),
+    restarts = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=test", "--rdzv-backend=c10d"]
+    restarts += [f"--rdzv-endpoint={endpoint}", "--local-addr=127.0.0.1"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    one_store_each = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def start(job, options, **environment):
+        command = [sys.executable, "-m", "torch.distributed.run", *options, __file__, job, folders[job]]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env={**os.environ, **paths, **environment}, **pipes)
+
+    folders = {job: tmp_path_factory.mktemp(job) for job in ("restarts", "fails")}
+    agents = {
+        "restarts": [start("restarts", restarts, **one_store_each) for _ in "12"],
+        "fails": [start("fails", ["--standalone", "--nproc-per-node=2"])],
     }
+    found, left, deadline = {}, [], time.monotonic() + 120
+    try:
+        for job in ("fails", "restarts"):
+            outputs = [agent.communicate(timeout=max(1, deadline - time.monotonic()))[0] for agent in agents[job]]
+            (folders[job] / "ended").write_text(str(time.time()))
+            found[job] = (max(agent.returncode for agent in agents[job]), "".join(outputs), folders[job])
+    finally:
+        pids = [int(path.name.removeprefix("pid-")) for folder in folders.values() for path in folder.glob("pid-*")]
+        for pid in [agent.pid for started in agents.values() for agent in started] + pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                left.append(pid)
+    assert not left
+    return found
 
 
-@pytest.mark.parametrize("job", ["restarted", "agents"])
+@pytest.mark.parametrize("job", ["restarts", "fails"])
 def test_jobs_under_torchrun_train_as_an_undisturbed_group(jobs, groups, job):
-    code, output, folder = jobs[job]
-    assert code == 0, output
-    for rank, expected in enumerate(groups[2]):
-        result = torch.load(folder / f"result-{rank}.pt")
-        assert equal(result["weights"], expected["unbroken"]["weights"])
-        assert numbers(result["history"]) == numbers(expected["unbroken"]["history"])
-    parts = result["history"]["parts"]
-    assert [part["world_size"] for part in parts] == [2] * (2 if job == "restarted" else 1)
-    assert ("Resuming from" in output) == (job == "restarted")
-    if job == "restarted":
-        assert parts[1]["epochs"][0] == pytest.approx(8 / 6)  # rank 1 was killed in the ninth step
+    _, output, folder = jobs[job]
+    for rank, expected in enumerate(groups[2]["unbroken"]):
+        found = torch.load(folder / f"result-{rank}.pt")
+        assert_equal(found, expected)
+        assert found["history"]["run"]["resumed"] == (job == "restarts"), output
+    assert sorted(path.name for path in folder.glob("*-*/")) == ["first-0", "second-0"]  # rank 1 writes nothing
 
 
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("raises", r"ArithmeticError: this rank cannot go on"),
-        ("gpus", r"RankError: rank 1 of 2: ValueError: LOCAL_RANK is 1, but this machine has 1 GPU"),
-    ],
-)
-def test_fault_a_rank_that_fails_under_torchrun_ends_all(tmp_path, what, message):
-    job = torchrun(what, tmp_path, "--standalone", "--nproc-per-node=2")
-    output, ended = finish([job], tmp_path)
-    assert job.returncode != 0 and re.search(message, output), output
-    assert ended - float((tmp_path / "failed").read_text()) < 30
-    assert not list(tmp_path.glob("result-*"))
-    if what == "raises":
-        assert load_checkpoint(tmp_path / "run")["epoch"] == 1  # a later call resumes
+def test_a_job_that_is_restarted_trains_to_the_end_and_a_second_time(jobs):
+    status, output, folder = jobs["restarts"]
+    assert status == 0, output
+    assert load_checkpoint(folder / "second-0")["step"] == 18
 
 
-def test_the_seeds_of_ranks_and_positions_differ(synthetic):
-    seen = []
-    for rank in range(3):
-        state = trainer.Trainer(Linear(), *synthetic, ranks.PLAIN, "cpu", rank=rank, world_size=3)
-        for state.epoch in range(2):
-            for state.progress.batches in range(3):
-                state.seed()
-                seen.append(torch.initial_seed())
-    assert len(set(seen)) == 18
-    trainer.Trainer(Linear(), *synthetic, ranks.PLAIN, "cpu").seed()
-    assert torch.initial_seed() == ranks.PLAIN.seed
+def test_a_rank_that_fails_ends_all_and_the_same_command_could_resume(jobs):
+    status, output, folder = jobs["fails"]
+    assert status != 0 and "ArithmeticError: this rank cannot go on" in output
+    assert float((folder / "ended").read_text()) - float((folder / "failed").read_text()) < 30
+    assert load_checkpoint(folder / "second-0")["step"] == 3
+
+
+if __name__ == "__main__":
+    program(*sys.argv[1:])

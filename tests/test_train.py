@@ -1,59 +1,91 @@
-"""train.py: the command line, and the files of a run."""
+"""train.py: the command line, the files of a run, and messages instead of tracebacks."""
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from contextlib import redirect_stdout
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
-import torch
 from fakes import class_folders
+from networks import Linear, TinyNetwork, in_step, interrupt
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train
-from model_AC import AdvancedCNN
-from session8.checkpoint import CheckpointError, load_model
+from session8.checkpoint import load_model, save_model
 from session8.config import Config
-from session8.data import DatasetUnavailable, validation_split
+from session8.data import CLASSES, synthetic_cifar10, validation_split
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--epochs", "2", "--batch-size", "20", "--width", "0.25", "--device", "cpu", "--data", "images"]
 
 
-def small(config):
-    return AdvancedCNN(dropout=config.dropout, width=0.5)
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the command in a folder that holds images. Returns None, or the status or message with which it exits."""
+    class_folders(tmp_path / "images", per_train=6, per_test=2)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, **keywords):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        try:
+            return train.main(**keywords)
+        except SystemExit as ended:
+            return ended.code
+
+    return run
 
 
-def test_options_start_from_the_recipe_and_change_its_fields():
-    options, config = train.read_options(["--recipe", "one_cycle", "--epochs", "5", "--data", "DIR", "--lr", "0.05"])
-    assert (options.data, options.recipe, options.validation, options.device) == ("DIR", "one_cycle", False, None)
-    assert config == Config.named("one_cycle", epochs=5, lr=0.05)
-    assert train.read_options([])[1] == Config()
-    assert train.read_options(["--recipe", "fast", "--epochs", "2"])[1] == Config.named("fast", epochs=2)
-    assert train.read_options(["--batch-size", "64", "--no-nesterov", "--seed", "3"])[1] == Config(
-        batch_size=64, seed=3
-    )
+def record():
+    (path,) = Path("runs").glob("*/record.json")
+    return json.loads(path.read_text())
 
 
-def test_help_lists_every_field_of_the_recipe(capsys):
-    with pytest.raises(SystemExit):
-        train.read_options(["--help"])
-    shown = capsys.readouterr().out
-    for name in ("recipe", "data", "device", "validation", *(field.name.replace("_", "-") for field in fields(Config))):
-        assert f"--{name}" in shown
+# -- options -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, config",
     [
-        (["--recipe", "fastest"], "invalid choice: 'fastest'"),
+        ([], Config()),
+        (["--recipe", "one_cycle", "--epochs", "5", "--lr", "0.05"], Config.named("one_cycle", epochs=5, lr=0.05)),
+        (["--recipe", "fast", "--epochs", "2"], Config.named("fast", epochs=2)),
+        (["--recipe", "one_cycle", "--no-nesterov"], Config.named("one_cycle", nesterov=False)),
+    ],
+)
+def test_options_change_the_recipe(arguments, config):
+    assert train.read_options(arguments)[1] == config
+
+
+def test_every_field_of_the_recipe_is_an_option(capsys):
+    others = {int: 20, int | None: 20, float: 0.5, bool: True}
+    for field in fields(Config):
+        value = others.get(field.type) or get_args(field.type)[-1]
+        value = 8 if field.name == "crop_padding" else value
+        option = f"--{field.name.replace('_', '-')}"
+        read = train.read_options([option] if value is True else [option, str(value)])[1]
+        assert read == replace(Config(), **{field.name: value}) != Config()
+    with pytest.raises(SystemExit):
+        train.read_options(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in shown for name in Config.__dataclass_fields__)
+    assert "--evaluate FILE" in shown and "Pixels of padding on each side" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--recipe", "fastest"], "invalid choice: 'fastest' .*one_cycle"),
         (["--lr", "-1"], "lr is -1.0; expected a positive number"),
         (["--lr", "abc"], "could not convert string to float"),
         (["--learning-rate", "1"], "Unrecognized options: --learning-rate"),
-        (["--schedule", "cosine"], "cosine"),
+        (["--schedule", "cosine"], "cosine.*one_cycle"),
         (["--epochs", "0"], "epochs is 0; expected at least 1"),
         (["--epochs", "x"], "invalid int value: 'x'"),
         (["--epoch", "5"], "--epoch"),
@@ -61,159 +93,131 @@ def test_help_lists_every_field_of_the_recipe(capsys):
         (["--device", "tpu"], "device is 'tpu', which is unknown; available: "),
     ],
 )
-def test_bad_input_options(arguments, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        train.read_options(arguments)
-    assert error.value.code == 2
+def test_bad_input_options(run, capsys, arguments, words):
+    assert run(*arguments) == 2
     output = capsys.readouterr()
-    assert message in " ".join(re.sub(r"[│]", " ", output.err + output.out).split())
+    assert re.search(words, " ".join(re.sub("│", " ", output.err + output.out).split()))
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """Return a function that trains with the given options on class folders, in folders of its own."""
-    class_folders(tmp_path / "images", per_train=6, per_test=2)
-
-    def run(*arguments, make_model=small):
-        defaults = ["--data", str(tmp_path / "images"), "--epochs", "1", "--batch-size", "20", "--device", "cpu"]
-        options, config = train.read_options([*defaults, *arguments])
-        return train.run(make_model, options, config, torch.device("cpu"), tmp_path / "runs")
-
-    return run
-
-
-def test_a_run_leaves_weights_and_a_record(trained, tmp_path, capsys):
-    record = trained("--seed", "3")
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert json.loads((folder / "record.json").read_text()) == record
-    assert record["model"] == "AdvancedCNN" and record["config"]["seed"] == 3 and record["batch_size"] == 20
-    model, metadata = load_model(folder / "model.safetensors")
-    assert model.width == 0.5 and metadata["metrics"]["test_accuracy"] == record["history"]["test_accuracy"][-1]
-    log = capsys.readouterr().out
-    assert "1 of 1 epoch on CIFAR-10" in log
-    for views in ("2", "6"):
-        assert re.search(rf"Test set, {views} views: .*\({record['views'][views]:.2f}%\)", log)
-        assert metadata["metrics"][f"test_accuracy_{views}_views"] == record["views"][views]
-
-
-def test_an_interrupted_run_leaves_no_record(trained, tmp_path):
-    class Interrupted(AdvancedCNN):
-        def forward(self, x):
-            if torch.is_grad_enabled():  # a step, not the trial before training
-                raise KeyboardInterrupt
-            return super().forward(x)
-
-    with pytest.raises(KeyboardInterrupt, match="Interrupted: run the same command again to resume"):
-        trained(make_model=lambda config: Interrupted())
-    assert not list(tmp_path.rglob("record.json"))
-
-
-def test_bad_input_another_folder_than_expected(trained, tmp_path, monkeypatch):
-    record = trained()
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert trained("--expect-folder", str(folder))["history"] == record["history"]
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
-    with pytest.raises(
-        ValueError, match=r"the run's folder is '.*', not '.*': network, data, device type or code differ"
-    ):
-        trained("--expect-folder", str(folder), "--lr", "0.5")
-
-
-def test_validation_trains_without_the_held_out_images_and_tests_on_them(trained, tmp_path, monkeypatch):
-    def few(train):
-        return validation_split(train, n=10)
-
-    monkeypatch.setattr(train, "validation_split", few)
-    record = trained("--validation")
-    assert (record["n_train"], record["n_test"]) == (50, 10) and "held out" in record["data"]
-
-
-def test_without_cifar10_the_stand_in_only_on_request(monkeypatch):
-    monkeypatch.setattr(train, "run", lambda _, options, *__: asked.append(options.allow_synthetic))
-    asked = []
-    for arguments in ([], ["--allow-synthetic"]):
-        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-        train.main()
-    assert asked == [False, True]
-
-
-def test_bad_input_incomplete_variables_of_torchrun(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=r"^rank \?: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"):
-        train.main()
-
-
-def test_bad_input_runs_that_is_no_folder(trained, tmp_path):
-    (tmp_path / "runs").write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match=r"runs.* cannot be written"):
-        trained()
-
-
-@pytest.mark.parametrize("rank", ["0", "1", None])
-def test_rank_0_reports_a_wrong_option(monkeypatch, rank, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "0"])
-    if rank:
-        monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as error:
-        train.main()
-    assert error.value.code == 2 and capsys.readouterr().err.count("epochs is 0") == (rank != "1")
-
-
-def test_without_tyro_the_command_says_how_to_install_it(monkeypatch):
+def test_without_tyro_the_command_says_how_to_install_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    with pytest.raises(SystemExit, match=r"train\.py needs tyro, which is not installed: pip install tyro"):
-        train.read_options([])
+    assert run() == "train.py needs tyro, which is not installed: pip install tyro"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_an_interruption_of_the_imports_is_no_traceback(tmp_path):
-    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
-    command, environment = [sys.executable, ROOT / "train.py"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+# -- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_weights_and_a_record_which_evaluate_confirms(run, capsys):
+    assert run(*SMALL, "--seed", 3) is None
+    (folder,) = Path("runs").iterdir()
+    written, (model, about) = record(), load_model(folder / "model.safetensors")
+    accuracies = {1: written["history"]["test_accuracy"][-1], **{int(n): a for n, a in written["views"].items()}}
+    assert written["config"]["seed"] == 3 and written["batch_size"] == 20 and model.width == 0.25
+    assert f"Record and weights: {folder}" in capsys.readouterr().out
+
+    assert run("--evaluate", folder / "model.safetensors", *SMALL[-4:]) is None
+    shown = capsys.readouterr().out
+    for views, accuracy in accuracies.items():
+        assert f"Views: {views}, stated: {accuracy:.2f} %, measured minus stated: +0.00" in shown
+
+    save_model("other.safetensors", model, Config(**about["config"]), {"test_accuracy": accuracies[1] + 4}, CLASSES)
+    assert run("--evaluate", "other.safetensors", *SMALL[-4:]) is None
+    shown = capsys.readouterr().out
+    assert f"Views: 1, stated: {accuracies[1] + 4:.2f} %, measured minus stated: -4.00" in shown
+    assert "Test set, 6 views: " in shown and shown.count("stated") == 2  # for one view only
+
+
+def test_the_same_command_resumes_a_run_after_ctrl_c(run, capsys):
+    assert run(*SMALL, make_model=lambda config: TinyNetwork(in_step(5, interrupt))) == 130
+    assert capsys.readouterr().err == "Interrupted: run the same command again to resume.\n"
+    assert not list(Path("runs").glob("*/record.json"))
+    assert run(*SMALL, make_model=lambda config: TinyNetwork()) is None
+    assert record()["resumed"] == 1 and len(record()["history"]["seconds"]) == 2
+
+
+def test_validation_trains_without_the_held_out_images_and_tests_on_them(run, monkeypatch):
+    monkeypatch.setattr(train, "validation_split", lambda split: validation_split(split, n=10))
+    assert run(*SMALL, "--validation") is None
+    assert (record()["n_train"], record()["n_test"]) == (50, 10) and "held out" in record()["data"]
+
+
+def test_without_cifar10_the_stand_in_only_on_request(run, monkeypatch):
+    monkeypatch.setattr("session8.data.synthetic_cifar10", lambda: synthetic_cifar10(60, 20))
+    assert run(*SMALL[:-2]).startswith("CIFAR-10 is not available. Tried:")
+    assert run(*SMALL[:-2], "--allow-synthetic") is None
+    assert record()["data"].startswith("synthetic stand-in, NOT CIFAR-10")
+
+
+# -- messages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--data", "nowhere"], "root is 'nowhere', which is not a directory. Pass a folder"),
+        (SMALL, "'runs/.*' cannot be written .*: choose another folder"),
+        ([*SMALL, "--lr", "1e30"], "the loss became (nan|inf) in epoch 1.*: use a smaller lr"),
+        (["--evaluate", "missing.safetensors"], "'missing.safetensors' does not exist: train a model, or name another"),
+        (["--evaluate", "weights.safetensors", "--data", "nowhere"], "root is 'nowhere'"),
+        (["--evaluate", "damaged.safetensors"], "'damaged.safetensors' is not a safetensors file, or is damaged"),
+        (["--evaluate", "linear.safetensors"], "'linear.safetensors' holds a Linear: "),
+        (["--evaluate", "newer.safetensors"], "'newer.safetensors' states a recipe that this version cannot read"),
+    ],
+)
+def test_bad_input_is_one_message(run, arguments, words):
+    if arguments == SMALL:
+        Path("runs").write_text("a file where the folder should be")
+    config = Config()
+    save_model("weights.safetensors", train.AdvancedCNN(width=0.25), config, {}, CLASSES)
+    save_model("linear.safetensors", Linear(), config, {}, CLASSES)
+    Path("damaged.safetensors").write_bytes(Path("weights.safetensors").read_bytes()[:100])
+    with safe_open("weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+    metadata["config"] = json.dumps({**json.loads(metadata["config"]), "future": 7})
+    save_file(load_file("weights.safetensors"), "newer.safetensors", metadata)
+    assert re.match(words, run(*arguments))
+
+
+def test_bad_input_incomplete_variables_of_torchrun(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*SMALL).startswith("rank ?: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set")
+
+
+def test_faults_of_the_code_keep_their_traceback(run):
+    with pytest.raises(KeyError, match="a fault"):
+        run(*SMALL, make_model=lambda config: {}["a fault"])
+
+
+@pytest.mark.parametrize("name, ended", [("/dev/full", "[Errno 28] No space left on device"), ("closed pipe", 1)])
+def test_output_that_cannot_be_written_is_no_traceback(run, name, ended):
+    save_model("weights.safetensors", train.AdvancedCNN(width=0.25), Config(), {}, CLASSES)
+    reader, pipe = os.pipe()
+    os.close(reader)  # as when `head` has ended
+    # The end of the block writes what the file still holds, as the end of Python does.
+    with open(pipe if name == "closed pipe" else name, "w") as output, redirect_stdout(output):
+        assert run("--evaluate", "weights.safetensors", *SMALL[-4:]) == ended
+
+
+def start(*arguments, path=ROOT):
+    """Start the command in a process of its own, whose output is ASCII."""
+    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONIOENCODING": "ascii"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], env=environment, **pipes)
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    with start(path=tmp_path) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("rank", ["0", "1", None])
-@pytest.mark.parametrize(
-    "failure, status",
-    [
-        (train.TrainingDiverged("the loss became nan", 0, 0, 0.01), "the loss became nan"),
-        (train.distributed.RankError("rank 1 of 2: no images"), "rank 1 of 2: no images"),
-    ],
-)
-def test_rank_0_reports_an_error_that_all_ranks_have(monkeypatch, rank, failure, status):
-    def fails(*_):
-        raise failure
-
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setattr(train, "run", fails)
-    monkeypatch.setattr(train.distributed, "process_group", contextlib.nullcontext)
-    if rank:
-        monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as error:
-        train.main()
-    assert error.value.code == 1 if rank == "1" else status in error.value.code
-
-
-@pytest.mark.parametrize(
-    "failure", [CheckpointError("another run"), DatasetUnavailable("no images"), OSError("disk full"), ValueError("x")]
-)
-def test_the_errors_that_the_package_documents_are_messages(monkeypatch, failure):
-    def fails(*_):
-        raise failure
-
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setattr(train, "run", fails)
-    with pytest.raises(SystemExit, match=str(failure)):
-        train.main()
-
-
-def test_the_command_without_its_data_says_so(tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "missing"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "missing' is not" not in done.stdout
-    assert re.fullmatch(r"root is '.*missing', which is not a directory. Pass a folder .*\n", done.stderr)
+def test_ctrl_c_during_training_is_a_message(run):
+    Path("images").rename("dätä")
+    with start("--epochs", "10000", *SMALL[2:-1], "dätä") as process:
+        while "Epoch 2" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors) == (130, "Interrupted: run the same command again to resume.\n")
