@@ -92,7 +92,7 @@ def test_steps_agree_with_sgd_written_out(kind, synthetic, device):
         gradients = torch.autograd.grad(-0.5 * (targets * log_probs).sum(1).mean(), list(theirs.parameters()))
         assert nll.dtype == torch.float32
         assert nll.item() == pytest.approx(F.nll_loss(log_probs, labels).item(), rel=0.01)  # without smoothing
-        assert abs(correct.item() - (log_probs.argmax(1) == labels).sum()) <= (kind == "16 bits")
+        assert abs(correct.item() - (log_probs.argmax(1) == labels).sum()) <= 2 * (kind == "16 bits")
         for name, p, gradient in zip(names, theirs.parameters(), gradients, strict=True):
             gradient = gradient + (config.weight_decay * p.detach() if p.ndim > 1 else 0)
             velocity[name] = config.momentum * velocity[name] + gradient
