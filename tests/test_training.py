@@ -579,7 +579,7 @@ def test_fault_worker_killed_in_the_middle_of_an_epoch(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited unexpectedly)") as error:
         model = TinyNetwork(in_step(11, kill_a_worker))
-        fit(model, *splits, config, "cpu", tmp_path, checkpoint_seconds=0, num_workers=2)
+        fit(model, *splits, config, "cpu", tmp_path, checkpoint_seconds=0, num_workers=1)
     assert f"The same call resumes from the last checkpoint in '{tmp_path}'" in error.value.__notes__[0]
     done = load_checkpoint(tmp_path)["step"]
     assert 8 <= done < 40
