@@ -40,8 +40,12 @@ class Config:
     """Images per step. None: 128 on an accelerator, 64 on a CPU."""
     lr: float = 0.01
     """Learning rate; for the one_cycle schedule, its peak."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """Of the convolution filters; Muon orthogonalises their momentum. All other parameters are trained by SGD."""
+    muon_lr: float = 0.04
+    """Learning rate of the filters under Muon; it follows the same schedule as lr."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and Muon."""
     nesterov: bool = False
     """Use Nesterov momentum."""
     weight_decay: float = 0.0
@@ -100,6 +104,7 @@ class Config:
             "epochs": (self.epochs >= 1, "at least 1, for instance 40"),
             "batch_size": (self.batch_size is None or self.batch_size >= 1, "at least 1, or None"),
             "lr": (0 < self.lr < float("inf"), "a positive number, for instance 0.01"),
+            "muon_lr": (0 < self.muon_lr < float("inf"), "a positive number, for instance 0.04"),
             "momentum": (0 <= self.momentum < 1, "0 <= momentum < 1, for instance 0.9"),
             "nesterov": (not self.nesterov or self.momentum > 0, "False if momentum is 0"),
             "weight_decay": (0 <= self.weight_decay < float("inf"), "0 or more, for instance 5e-4"),

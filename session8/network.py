@@ -16,6 +16,7 @@ from session8.config import Config
 from session8.console import plural
 from session8.data import CLASSES
 from session8.device import autocast, backend_flags, fork_rng
+from session8.optim import muon_flop
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -43,15 +44,17 @@ def count_macs(model: nn.Module, size: int = 32) -> float:
     return counter.get_total_flops() // 2
 
 
-def training_pflop(model: nn.Module, config: Config, n_train: int, epochs: int) -> float:
+def training_pflop(model: nn.Module, config: Config, n_train: int, epochs: int, device: torch.device | str) -> float:
     """Return the floating-point operations of so many epochs in 10^15: 6 per multiply-accumulate and image.
 
-    Two are of the forward pass and four of the backward pass. Each epoch counts at the size of its images; tests do not
-    count.
+    Two are of the forward pass and four of the backward pass. Each epoch counts at the size of its images. The matrix
+    products of Muon count; tests do not. device: where the model is trained, which sets the number of steps.
     """
     sizes = [config.image_size(epoch) for epoch in range(epochs)]
     macs = {size: count_macs(model, size) for size in set(sizes)}
-    return 6 * n_train * sum(macs[size] for size in sizes) / 1e15
+    steps = epochs * math.ceil(n_train / config.batch_size_on(device))
+    of_muon = steps * muon_flop(model) if config.optimizer == "muon" else 0
+    return (6 * n_train * sum(macs[size] for size in sizes) + of_muon) / 1e15
 
 
 def print_summary(model: nn.Module, size: int = 32) -> None:

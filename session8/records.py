@@ -202,7 +202,8 @@ def write_record(
     """
     device = torch.device(device)
     run = history.get("run") or {"resumed": 0, "first_start": (now := environment(model, config, device)), **now}
-    macs, pflop = count_macs(model), training_pflop(model, config, len(train_split), len(history["seconds"]))
+    macs = count_macs(model)
+    pflop = training_pflop(model, config, len(train_split), len(history["seconds"]), device)
     record = {
         "model": type(model).__name__,
         "width": getattr(model, "width", None),

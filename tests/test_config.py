@@ -82,6 +82,8 @@ BAD = [  # values of a field, and what the message says is expected
     ("batch_size", [0, -64], "at least 1, or None"),
     ("lr", [0, float("nan"), float("inf")], "a positive number, for instance 0.01"),
     ("momentum", [1, -0.1], "0 <= momentum < 1"),
+    ("optimizer", ["adam", None], "one of 'sgd', 'muon'"),
+    ("muon_lr", [0, -0.04, float("inf"), float("nan")], "a positive number, for instance 0.04"),
     ("weight_decay", [-1, float("inf")], "0 or more"),
     ("bias_lr_scale", [0, -1], "a positive number"),
     ("ema_decay", [1, -0.1], r"0 \(none\) to below 1"),

@@ -9,11 +9,13 @@ import torch
 import torchvision
 from networks import CPU, EXACT, Linear, small_network
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from model_AC import AdvancedCNN
 from session8.config import Config
 from session8.data import Split
 from session8.network import check_network, count_macs, print_summary, training_pflop
+from session8.optim import orthogonalize
 from session8.training import fit
 
 
@@ -102,8 +104,21 @@ def test_operations_of_training_count_each_epoch_at_its_size():
     model, config = AdvancedCNN(width=0.5), Config(epochs=5, low_res_epochs=2, low_res_size=24)
     small, full = count_macs(model, 24), count_macs(model)
     assert 0.45 < small / full < 0.6
-    assert training_pflop(model, config, 1000, 5) == pytest.approx(6e-12 * (2 * small + 3 * full))
-    assert training_pflop(model, config, 1000, 1) == pytest.approx(6e-12 * small)
+    assert training_pflop(model, config, 1000, 5, "cpu") == pytest.approx(6e-12 * (2 * small + 3 * full))
+    assert training_pflop(model, config, 1000, 1, "cpu") == pytest.approx(6e-12 * small)
+
+
+def test_operations_of_training_count_the_matrix_products_of_muon():
+    """Counted by PyTorch in one call of the iterations per tensor of filters; wide and tall matrices."""
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 8, 5, bias=False), nn.Conv2d(8, 64, 1), nn.Flatten())
+    sgd, muon = (Config(epochs=2, optimizer=optimizer, batch_size=30) for optimizer in ("sgd", "muon"))
+    with FlopCounterMode(display=False) as counter:
+        for layer in list(model)[:3]:
+            orthogonalize(layer.weight.flatten(1))
+    added = training_pflop(model, muon, 1000, 2, "cpu") - training_pflop(model, sgd, 1000, 2, "cpu")
+    assert added == pytest.approx(2 * 34 * counter.get_total_flops() / 1e15)
+    model[1].weight.requires_grad_(False)
+    assert training_pflop(model, muon, 1000, 2, "cpu") - training_pflop(model, sgd, 1000, 2, "cpu") < 0.7 * added
 
 
 # -- what fails before training ----------------------------------------------------------------------------------------
