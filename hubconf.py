@@ -6,13 +6,13 @@ from model_AC import AdvancedCNN as _AdvancedCNN
 from session8.checkpoint import load_model as _load_model
 
 dependencies = ["torch", "numpy", "safetensors"]
-WEIGHTS = ("fast", "one_cycle")
+WEIGHTS = ("fast", "accurate")
 
 
 def advanced_cnn(weights: str | None = None, **arguments) -> _AdvancedCNN:
     """Return an AdvancedCNN.
 
-    weights: "fast" or "one_cycle" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode;
+    weights: "fast" or "accurate" for the network that was trained on CIFAR-10 with this recipe, in evaluation mode;
     None for a new one, made with `arguments`: num_classes, dropout, width.
 
     Raises ValueError for other weights, or if arguments are given with weights, whose network is fixed.

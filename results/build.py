@@ -1,4 +1,4 @@
-"""Write the tables and figures of README.md, MODEL_CARD.md and docs/ from the records and weights in this folder.
+"""Write the tables and figures of README.md, results/ and docs/ from the records and weights in this folder.
 
 `make results` runs `python -m results.build`. With a folder of CIFAR-10, it also draws the mistakes:
 `make results DATA_ROOT=DIR`.
@@ -25,9 +25,10 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 # The file of each generated section.
 SECTIONS = {
-    "results": ROOT / "README.md",
+    "summary": ROOT / "README.md",
+    "results": RESULTS / "README.md",
+    "parts of fast": RESULTS / "README.md",
     "weights": RESULTS / "MODEL_CARD.md",
-    "parts of fast": ROOT / "docs" / "design.md",
     "benchmarks": ROOT / "docs" / "benchmarks.md",
 }
 WEIGHTS = RESULTS / "AdvancedCNN_fast_seed0_bfloat16.safetensors"  # whose mistakes are shown
@@ -35,28 +36,52 @@ FAST = Config.named("fast")
 # The named recipes, and `fast` without one of its parts, in the order of the tables.
 NAMED = {
     **{name: Config.named(name) for name in RECIPES},
+    # With what was tuned for SGD.
+    "fast with SGD": replace(
+        FAST,
+        optimizer="sgd",
+        batch_size=128,
+        lr=0.1,
+        momentum=0.9,
+        lr_end=0.05,
+        weight_decay=6e-4,
+        bias_lr_scale=16.0,
+        ema_decay=0.996,
+    ),
     "fast without small images": replace(FAST, low_res_epochs=0),
     "fast without average of the weights": replace(FAST, ema_decay=0.0),
     "fast without scaled biases": replace(FAST, bias_lr_scale=1.0),
     "fast without width": replace(FAST, width=1.0),
     "fast without alternating flip": replace(FAST, flip="random"),
+    "fast without label smoothing": replace(FAST, label_smoothing=0.0),
 }
-AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench/tree/00e4a0a3cef82fc752c17453bab2435ddc1f7f1e"
-# Published elsewhere, in the columns of the table in README.md.
-THEIRS = f"""\
-| [ResNet-20, He et al. 2015](https://arxiv.org/abs/1512.03385) | theirs | 164 | 40.6 M | 1.99 | 91.25 % | |  | | | | |
-| [airbench94, Jordan 2024]({AIRBENCH}) | theirs | 9.9 | 118 M | 0.36 |  | | 94.01 % | | | | |
-| [airbench94_spectral, Jordan]({AIRBENCH}) | theirs |  |  | 0.29 |  | | 94.05 % | | | | |
-"""
-COLORS = {"default": "C0", "one_cycle": "C1", "fast": "C2"}
+# Published elsewhere: accuracies in percent, MACs, and PFLOP at 6 operations per MAC and training image. "Six views" is
+# the mean over the views that the authors test with: the image and two shifts, each with its mirror image.
+AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
+CHENYAOFO = "https://github.com/chenyaofo/pytorch-cifar-models"
+HIVERGE = "https://github.com/hiverge/cifar10-speedrun"
+COLUMNS = ["name", "source", "epochs", "MACs", "PFLOP", "one pass", "6 views", "runs"]
+THEIRS = pd.DataFrame(
+    [
+        ("ResNet-20, He et al. 2015", "https://arxiv.org/abs/1512.03385", 164, 40.6e6, 1.99, 91.25, None, 1),
+        ("ResNet-20, chenyaofo", CHENYAOFO, 200, 40.8e6, 2.45, 92.60, None, 1),
+        ("ResNet-56, chenyaofo", CHENYAOFO, 200, 126e6, 7.55, 94.37, None, 1),
+        ("airbench94_muon, Jordan", AIRBENCH, 8, 118e6, 0.284, None, 94.01, 200),
+        ("airbench95, Jordan 2024", AIRBENCH, 15, None, 1.4, None, 95.01, None),
+        ("cifar10-speedrun, Hiverge", HIVERGE, 7.6, None, 0.265, 93.18, 94.007, 200),
+    ],
+    columns=COLUMNS,
+)
+COLORS = {"default": "C0", "one_cycle": "C1", "fast": "C2", "accurate": "C3"}
 STYLES = {"AdvancedCNN": "-", "ResNet20": "--"}
 # Runs that are equal in these columns differ in the seed only. Tables are sorted by them.
 SAME = ["network", "recipe", "epochs", "MACs", "PFLOP", "batch_size", "data_fingerprint"]
 SAME += ["arithmetic", "device", "sources", "versions"]
 FORMATS = {
+    "epochs": "{:g}".format,
     "MACs": lambda macs: f"{macs / 1e6:.1f} M",
     "parameters": lambda number: f"{number / 1e6:.2f} M",
-    "PFLOP": "{:.2f}".format,
+    "PFLOP": "{:.3f}".format,
     "NLL": "{:.3f}".format,
     "commit": lambda commit: commit[:8],
 }
@@ -69,9 +94,9 @@ def read_records(folder: Path = RESULTS) -> dict[str, dict]:
 
 
 def recipe_name(record: dict) -> str | None:
-    """Return the name in NAMED of a record's recipe, whatever its seed, batch size and precision; None if none."""
-    config = replace(Config(**record["config"]), seed=0, precision="auto", batch_size=None)
-    return next((name for name, named in NAMED.items() if config == replace(named, batch_size=None)), None)
+    """Return the name in NAMED of a record's recipe, whatever its seed and precision; None if it has none."""
+    config = replace(Config(**record["config"]), seed=0, precision="auto")
+    return next((name for name, named in NAMED.items() if config == named), None)
 
 
 def table_of_runs(records: dict[str, dict]) -> pd.DataFrame:
@@ -88,17 +113,10 @@ def table_of_runs(records: dict[str, dict]) -> pd.DataFrame:
         runs[f"{number} views"] = [views[str(number)] for views in runs["views"]]
     runs["NLL"] = [history["test_loss"][-1] for history in runs["history"]]
     runs["minutes"] = runs["seconds"] / 60
-    for goal in (82, 90):
-        runs[f"to {goal} %"] = [minutes_to(goal, history) for history in runs["history"]]
+    runs["seed"] = [config["seed"] for config in runs["config"]]
     for column in ("sources", "versions"):  # pandas groups by texts, not by dicts
         runs[column] = [json.dumps(value, sort_keys=True) for value in runs[column]]
     return runs[runs["recipe"].notna()]
-
-
-def minutes_to(goal: float, history: dict) -> float:
-    """Return the minutes of training, tests included, after which a test first reached an accuracy; NaN if none."""
-    reached = np.array(history["test_accuracy"]) >= goal
-    return np.cumsum(history["seconds"])[reached.argmax()] / 60 if reached.any() else np.nan
 
 
 def mean_and_spread(values: pd.Series) -> str:
@@ -107,54 +125,60 @@ def mean_and_spread(values: pd.Series) -> str:
     return f"{values.mean():.2f}{spread} %"
 
 
-def mean_minutes(values: pd.Series) -> str:
-    """Return a mean as text; an empty one if a run did not reach the accuracy."""
-    return "" if values.isna().any() else f"{values.mean():.1f}"
-
-
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row per group of runs that differ in the seed only, with its means as text."""
     accuracies = dict.fromkeys(["one pass", "2 views", "6 views"], mean_and_spread)
-    minutes = dict.fromkeys(["minutes", "to 82 %", "to 90 %"], mean_minutes)
-    groups = runs.groupby(SAME, observed=True)
-    table = groups.agg(accuracies | minutes)
-    table["one pass"] += " (" + groups.size().astype(str) + ")"
-    return table.reset_index()
+    others = {
+        "minutes": lambda values: f"{values.mean():.1f}",
+        "seed": lambda seeds: ", ".join(map(str, sorted(seeds))),
+    }
+    table = runs.groupby(SAME, observed=True).agg(accuracies | others).reset_index()
+    table["device"] += ", " + table["arithmetic"]
+    return table.rename(columns={"seed": "seeds", "batch_size": "batch"})
 
 
 def markdown(table: pd.DataFrame, columns: list[str]) -> str:
     """Return columns of a table in Markdown."""
-    cells = [table[column].map(FORMATS.get(column, str)) for column in columns]
+    cells = [table[column].map(FORMATS.get(column, str), na_action="ignore").fillna("") for column in columns]
     lines = [columns, ["---" if column in TEXTS else "---:" for column in columns], *zip(*cells, strict=True)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def headline(runs: pd.DataFrame) -> str:
-    """Return the result in one sentence: AdvancedCNN with each recipe, on the device that has the most runs."""
-    ours = runs[(runs["network"] == "AdvancedCNN") & (runs["arithmetic"] != "float32")]
-    device = ours["device"].mode()[0]
-    groups = ours[ours["device"] == device].groupby(SAME, observed=True)
-    results = [
-        f"{group['one pass'].mean():.2f} % with the recipe `{group['recipe'].iloc[0]}` "
-        f"({len(group)} run{'s' if len(group) > 1 else ''}, {group['minutes'].mean():.1f} minutes)"
-        for _, group in groups
-    ]
-    return f"Accuracy on the 10,000 test images in one pass, after training on {device}: {', '.join(results)}.\n"
+def summary_section(runs: pd.DataFrame) -> str:
+    """Return README.md's sentence and table: AdvancedCNN with each recipe, in 16 bits.
+
+    Of the devices that a recipe was trained on, the one with the most runs of all recipes is shown.
+    """
+    ours = runs[(runs["network"] == "AdvancedCNN") & runs["recipe"].isin(RECIPES) & (runs["arithmetic"] != "float32")]
+    rows, devices = [], []
+    for recipe, group in ours.groupby("recipe", observed=True):
+        device = max(group["device"].unique(), key=lambda name: (ours["device"] == name).sum())
+        best = group[group["device"] == device]
+        largest = max((same for _, same in best.groupby(SAME, observed=True)), key=len)
+        rows.append((f"`{recipe}`", *(f"{largest[name].mean():.2f} %" for name in ("one pass", "6 views"))))
+        rows[-1] += (f"{largest['minutes'].mean():.0f}",)
+        devices.append(f"{device.partition(',')[0]} ({recipe})")
+    table = pd.DataFrame(rows, columns=["recipe", "accuracy", "with six views", "minutes"])
+    fast = table[table["recipe"] == "`fast`"].iloc[0] if "`fast`" in set(table["recipe"]) else table.iloc[0]
+    sentence = f"{fast['recipe']} reaches {fast['accuracy']} in {fast['minutes']} minutes on two CPU cores."
+    return f"{sentence}\n\n{markdown(table, list(table.columns))}"
 
 
 def results_section(runs: pd.DataFrame) -> str:
-    """Return README.md's section on accuracy."""
-    runs = runs[runs["recipe"].isin(RECIPES)]
-    table = summary(runs)
-    table["device"] += ", " + table["arithmetic"]
-    columns = ["network", "recipe", "epochs", "MACs", "PFLOP", "one pass", "2 views", "6 views"]
-    columns += ["minutes", "to 82 %", "to 90 %", "device"]
-    batches, data = ("; ".join(sorted(runs[column].astype(str).unique())) for column in ("batch_size", "data"))
+    """Return the tables of results/README.md: our runs, then what others have published."""
+    table = summary(runs[runs["recipe"].isin(RECIPES)])
+    columns = ["network", "recipe", "epochs", "batch", "MACs", "PFLOP", "one pass", "2 views", "6 views"]
+    theirs = THEIRS.assign(
+        name=[f"[{name}]({url})" for name, url in zip(THEIRS["name"], THEIRS["source"], strict=True)]
+    )
+    for column in ("one pass", "6 views"):
+        theirs[column] = theirs[column].map("{:.2f} %".format, na_action="ignore")
+    theirs["runs"] = theirs["runs"].map("{:.0f}".format, na_action="ignore")
+    theirs = theirs.rename(columns={"name": "network", "one pass": "one pass (theirs)", "6 views": "6 views (theirs)"})
     return (
-        f"{headline(runs)}\n![Test accuracy over the minutes of training](results/accuracy.png)\n\n"
-        f"{markdown(table, columns)}{THEIRS}\n"
-        "Test accuracies of the last epoch: mean ± standard deviation over seeds (number of seeds). "
-        f"Batches of {batches} (`default` on a CPU: `--batch-size 128`). Data: {data}.\n"
+        f"{markdown(table, [*columns, 'minutes', 'seeds', 'device'])}\n"
+        f"Published by others:\n\n"
+        f"{markdown(theirs, ['network', 'epochs', 'MACs', 'PFLOP', 'one pass (theirs)', '6 views (theirs)', 'runs'])}"
     )
 
 
@@ -162,7 +186,7 @@ def parts_section(runs: pd.DataFrame) -> str:
     """Return the table of what each part of the recipe `fast` is worth."""
     fast = runs["recipe"].str.startswith("fast")
     ours = runs[fast & (runs["network"] == "AdvancedCNN") & (runs["arithmetic"] != "float32")]
-    return markdown(summary(ours), ["recipe", "PFLOP", "one pass", "2 views", "6 views", "minutes", "device"])
+    return markdown(summary(ours), ["recipe", "PFLOP", "one pass", "2 views", "6 views", "minutes", "seeds", "device"])
 
 
 def weights_section(runs: pd.DataFrame) -> str:
@@ -192,7 +216,7 @@ def benchmarks_section(benchmarks: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def plot_results(runs: pd.DataFrame) -> Figure:
+def plot_minutes(runs: pd.DataFrame) -> Figure:
     """Plot the test accuracy over the minutes, without float32: a panel per device, which has its own speed.
 
     Each recipe has a colour, each network a line style.
@@ -215,6 +239,42 @@ def plot_results(runs: pd.DataFrame) -> Figure:
     figure.suptitle("Test accuracy over the minutes of training, tests included", fontsize=12)
     axes[0].set(xlim=(0, None), ylim=(70, None), ylabel="accuracy (%), from 70")  # of all panels
     return figure
+
+
+def plot_operations(runs: pd.DataFrame) -> Figure:
+    """Plot the test accuracy over the operations of training: our recipes, and what others have published.
+
+    Filled: the mean over six views of each image. Hollow: one pass. Ours are means over the runs of a recipe, without
+    float32.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    runs = runs[runs["recipe"].isin(RECIPES) & (runs["arithmetic"] != "float32")]
+    for (network, recipe), group in runs.groupby(["network", "recipe"], observed=True):
+        means, name = group[["PFLOP", "one pass", "6 views"]].mean(), f"{recipe}, {network}"
+        _points(ax, means, name.removesuffix(", AdvancedCNN"), COLORS[recipe], "o" if network == "AdvancedCNN" else "s")
+    for _, row in THEIRS.iterrows():
+        _points(ax, row, row["name"], "0.4", "D")
+    ax.set_xscale("log")
+    ticks = [0.2, 0.5, 1, 2, 5, 10]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlim=(0.15, 12), ylim=(89, None), xlabel="operations of training (PFLOP)", ylabel="test accuracy (%)")
+    ax.grid(alpha=0.3)
+    ax.set_title("Filled: six views of each image. Hollow: one pass. Grey: published by others", fontsize=10)
+    return figure
+
+
+def _points(ax, row, name, color, marker):
+    accuracies = [(row["one pass"], "none"), (row["6 views"], color)]
+    known = [(accuracy, face) for accuracy, face in accuracies if not pd.isna(accuracy)]
+    ax.plot([row["PFLOP"]] * len(known), [accuracy for accuracy, _ in known], color=color, linewidth=0.8)
+    for accuracy, face in known:
+        ax.plot(row["PFLOP"], accuracy, marker, color=color, markerfacecolor=face)
+    ax.annotate(name, (row["PFLOP"], known[-1][0]), (5, 4), textcoords="offset points", fontsize=8, color=color)
+
+
+FIGURES = {"minutes.png": plot_minutes, "operations.png": plot_operations}
 
 
 def plot_mistakes(data: str) -> Figure:
@@ -242,17 +302,19 @@ def sections() -> dict[str, str]:
     """Return the content of each generated section by its name."""
     runs = table_of_runs(read_records())
     return {
+        "summary": summary_section(runs),
         "results": results_section(runs),
-        "weights": weights_section(runs),
         "parts of fast": parts_section(runs),
+        "weights": weights_section(runs),
         "benchmarks": benchmarks_section(read_records(RESULTS / "benchmarks")),
     }
 
 
 def main(data: str | None = None):
+    runs = table_of_runs(read_records())
     source = {"Source": fingerprint(*RESULTS.glob("*.json"))}
-    figure = plot_results(table_of_runs(read_records()))
-    figure.savefig(RESULTS / "accuracy.png", bbox_inches="tight", metadata=source)
+    for name, plot in FIGURES.items():
+        plot(runs).savefig(RESULTS / name, bbox_inches="tight", metadata=source)
     if data:
         source = {"Source": fingerprint(WEIGHTS)}
         plot_mistakes(data).savefig(RESULTS / "mistakes.png", bbox_inches="tight", metadata=source)

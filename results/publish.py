@@ -29,7 +29,6 @@ def published_name(record: dict) -> str:
         f"its network is {record['model']}, not one of {', '.join(STYLES)}": record["model"] in STYLES,
         f"its recipe is not one of {', '.join(NAMED)}": recipe is not None,
         f"its data are {images}": re.fullmatch("50,000 and 10,000 images of CIFAR-10(,.*)?", images),
-        f"it has batches of {record['batch_size']} images, not 128": record["batch_size"] == 128,
         "it is not finished": len(record["history"]["seconds"]) == record["config"]["epochs"],
         f"it was resumed {plural(resumed, 'time')}; only unbroken runs are": resumed == 0,
         f"it was trained by {processes} processes, not one": processes == 1,

@@ -122,5 +122,7 @@ def test_bad_input_recipe(name, values, expected):
 def test_bad_input_nesterov_without_momentum_and_unknown_recipe():
     with pytest.raises(ValueError, match="nesterov is True; expected False if momentum is 0"):
         Config(momentum=0, nesterov=True)
-    with pytest.raises(ValueError, match="recipe is 'two_cycles'; expected one of 'default', 'one_cycle', 'fast'"):
+    with pytest.raises(
+        ValueError, match="recipe is 'two_cycles'; expected one of 'default', 'one_cycle', 'fast', 'accurate'"
+    ):
         Config.named("two_cycles")

@@ -35,7 +35,7 @@ def test_torch_hub_makes_a_new_network():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"weights": "best"}, "weights is 'best'; expected one of 'fast', 'one_cycle', or None"),
+        ({"weights": "best"}, "weights is 'best'; expected one of 'fast', 'accurate', or None"),
         ({"weights": "fast", "width": 2.0}, "weights='fast' fixes the network: leave out width"),
     ],
 )

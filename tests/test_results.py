@@ -13,7 +13,7 @@ from PIL import Image
 from results import build
 from results.publish import publish, published_name
 from session8.checkpoint import load_model
-from session8.config import Config
+from session8.config import RECIPES, Config
 from session8.device import device_name
 from session8.network import count_macs
 from session8.records import final_metrics
@@ -42,32 +42,39 @@ def percent(values):
     return f"{mean(values):.2f}{f' ± {stdev(values):.2f}' if len(values) > 1 else ''} %"
 
 
-@pytest.mark.parametrize(
-    "section, files",
-    [("results", r"\w+_(default|one_cycle|fast)_seed\w+"), ("parts of fast", r"AdvancedCNN_fast\w*_bfloat16")],
-)
-def test_the_published_rows_are_means_over_the_records(section, files):
+@pytest.mark.parametrize("section, others", [("results", ""), ("parts of fast", " (with|without) .*")])
+def test_the_published_rows_are_means_over_the_records(section, others):
     """A row's runs are found by the names of their files."""
-    shown = 0
-    for row in rows(build.split_section(section)[1]):
+    shown = []
+    for row in rows(build.split_section(section)[1].split("Published by others")[0]):
         kind = f"{row.get('network', 'AdvancedCNN')}_{row['recipe'].replace(' ', '_')}_seed"
-        runs = [record for name, record in RECORDS.items() if name.startswith(kind) and re.fullmatch(files, name)]
-        runs = [run for run in runs if row["device"] in (run["device"], f"{run['device']}, {run['arithmetic']}")]
-        if row["recipe"] == "theirs":
-            continue
-        shown += len(runs)
-        assert row["one pass"] == f"{percent([run['history']['test_accuracy'][-1] for run in runs])} ({len(runs)})"
+        names = [f"{kind}{seed}_{row['device'].split(', ')[-1]}" for seed in row["seeds"].split(", ")]
+        runs, shown = [RECORDS[name] for name in names], shown + names
+        assert {f"{run['device']}, {run['arithmetic']}" for run in runs} == {row["device"]}
+        assert row["one pass"] == percent([run["history"]["test_accuracy"][-1] for run in runs])
         assert row["2 views"] == percent([run["views"]["2"] for run in runs])
         assert row["6 views"] == percent([run["views"]["6"] for run in runs])
         assert row["minutes"] == f"{mean(sum(run['history']['seconds']) / 60 for run in runs):.1f}"
-        for goal in (82, 90):
-            minutes = []
-            for history in (run["history"] for run in runs):
-                tests = [epoch for epoch, accuracy in enumerate(history["test_accuracy"], 1) if accuracy >= goal]
-                minutes += [sum(history["seconds"][: tests[0]]) / 60] if tests else []
-            expected = f"{mean(minutes):.1f}" if len(minutes) == len(runs) else ""
-            assert row.get(f"to {goal} %", expected) == expected
-    assert shown == sum(bool(re.fullmatch(files, name)) for name in RECORDS)
+    recipe = "AdvancedCNN_fast(_with.*)?" if section == "parts of fast" else f"[^_]*_({'|'.join(RECIPES)})"
+    expected = [name for name in RECORDS if re.fullmatch(f"{recipe}_seed[0-9]+_[a-z0-9]+", name)]
+    assert sorted(shown) == sorted(name for name in expected if section == "results" or "float32" not in name)
+
+
+def test_the_readme_shows_the_recipes_in_16_bits_on_one_device_each():
+    shown = rows(build.split_section("summary")[1])
+    assert [row["recipe"] for row in shown] == [
+        f"`{name}`" for name in RECIPES if f"AdvancedCNN_{name}_seed0_bfloat16" in RECORDS
+    ]
+    for row in shown:
+        kind = f"AdvancedCNN_{row['recipe'].strip('`')}_seed"
+        records = [record for name, record in RECORDS.items() if name.startswith(kind) and "float32" not in name]
+        means = []
+        for device in {record["device"] for record in records}:
+            runs = [record for record in records if record["device"] == device]
+            means.append(
+                [mean(run["history"]["test_accuracy"][-1] for run in runs), mean(run["views"]["6"] for run in runs)]
+            )
+        assert [row["accuracy"], row["with six views"]] in [[f"{value:.2f} %" for value in values] for values in means]
 
 
 def test_the_table_of_weights_shows_the_record_beside_each_file():
@@ -90,8 +97,8 @@ def test_the_page_of_benchmarks_shows_their_records():
 
 
 def test_the_figures_were_made_from_the_present_records_and_weights():
-    sources = {"accuracy.png": build.RESULTS.glob("*.json"), "mistakes.png": [build.WEIGHTS]}
-    for name, files in sources.items():
+    records = [*build.RESULTS.glob("*.json")]
+    for name, files in {**dict.fromkeys(build.FIGURES, records), "mistakes.png": [build.WEIGHTS]}.items():
         assert Image.open(build.RESULTS / name).text["Source"] == build.fingerprint(*files), "run `make results`"
 
 
@@ -122,7 +129,7 @@ def test_the_notebook_was_committed_with_the_run_of_its_record():
 
 def made_up(model="AdvancedCNN", recipe="default", seed=0, accuracy=90.0, minutes=(1.0, 2.0), **changes):
     """A record of two epochs, of the fields that the tables show; `changes` are to the recipe."""
-    config = asdict(Config.named(recipe, seed=seed, batch_size=128, **changes))
+    config = asdict(Config.named(recipe, seed=seed, **changes))
     return {
         "model": model, "config": config, "batch_size": 128, "n_train": 50_000, "n_test": 10_000, "macs": 39_500_000,
         "parameters": 1_000_000, "pflop": 0.25, "data": "CIFAR-10", "data_fingerprint": "0", "device": "a CPU",
@@ -150,34 +157,37 @@ def test_runs_are_averaged_only_if_they_differ_in_nothing_but_the_seed():
         {**made_up(seed=2), "versions": {"torch": "2.9.0"}},
         made_up(lr=0.5),  # a changed recipe is not in the table
     )
-    table = [row for row in rows(build.results_section(runs)) if row["recipe"] != "theirs"]
-    assert sorted((row["network"], row["recipe"], row["one pass"][-3:], row["device"]) for row in table) == [
-        *[("AdvancedCNN", "default", "(1)", "a CPU, bfloat16")] * 3,  # data, code, versions
-        ("AdvancedCNN", "default", "(1)", "a CPU, float32"),
-        ("AdvancedCNN", "default", "(1)", "another, bfloat16"),
-        ("AdvancedCNN", "default", "(2)", "a CPU, bfloat16"),
-        ("AdvancedCNN", "one_cycle", "(1)", "a CPU, bfloat16"),
-        ("ResNet20", "default", "(1)", "a CPU, bfloat16"),
+    table = rows(build.results_section(runs).split("Published by others")[0])
+    assert sorted((row["network"], row["recipe"], row["seeds"], row["device"]) for row in table) == [
+        ("AdvancedCNN", "default", "0", "a CPU, float32"),
+        ("AdvancedCNN", "default", "0, 1", "a CPU, bfloat16"),
+        *[("AdvancedCNN", "default", "2", "a CPU, bfloat16")] * 3,  # data, code, versions
+        ("AdvancedCNN", "default", "2", "another, bfloat16"),
+        ("AdvancedCNN", "one_cycle", "0", "a CPU, bfloat16"),
+        ("ResNet20", "default", "0", "a CPU, bfloat16"),
     ]
 
 
-def test_the_headline_is_of_our_network_in_16_bits_on_the_device_with_most_runs():
+def test_the_summary_is_of_our_network_in_16_bits_on_the_device_with_most_runs():
     runs = table_of(
         made_up(accuracy=90.0),
         made_up(seed=1, accuracy=91.0),
         made_up("ResNet20", accuracy=10.0),
         made_up(precision="float32", accuracy=10.0),
-        made_up(recipe="one_cycle", accuracy=95.0, minutes=(0.25, 0.5)),
-        {**made_up(accuracy=10.0), "device": "a CPU with fewer runs"},
+        made_up(recipe="fast", accuracy=95.0, minutes=(0.25, 2.5)),
+        {**made_up(seed=3, accuracy=10.0), "device": "a CPU with fewer runs"},
+        {**made_up(recipe="accurate", accuracy=96.0, minutes=(30, 30)), "device": "a CPU with fewer runs"},
     )
-    assert build.headline(runs) == (
-        "Accuracy on the 10,000 test images in one pass, after training on a CPU: "
-        "90.50 % with the recipe `default` (2 runs, 3.0 minutes), "
-        "95.00 % with the recipe `one_cycle` (1 run, 0.8 minutes).\n"
+    assert build.summary_section(runs) == (
+        "`fast` reaches 95.00 % in 3 minutes on two CPU cores.\n\n"
+        "| recipe | accuracy | with six views | minutes |\n| --- | ---: | ---: | ---: |\n"
+        "| `default` | 90.50 % | 91.25 % | 3 |\n"
+        "| `fast` | 95.00 % | 95.75 % | 3 |\n"
+        "| `accurate` | 96.00 % | 96.75 % | 60 |\n"
     )
 
 
-def test_the_figure_shows_the_histories_over_the_minutes_in_a_panel_per_device():
+def test_a_figure_shows_the_histories_over_the_minutes_in_a_panel_per_device():
     runs = table_of(
         made_up(accuracy=91.0),
         made_up("ResNet20", recipe="one_cycle", accuracy=90.5),
@@ -185,12 +195,28 @@ def test_the_figure_shows_the_histories_over_the_minutes_in_a_panel_per_device()
         made_up(precision="float32"),  # this run and the next one are not shown
         made_up(recipe="fast", flip="random"),
     )
-    here, there = build.plot_results(runs).axes
+    here, there = build.plot_minutes(runs).axes
     lines = [[list(zip(*line.get_data(), strict=True)) for line in ax.lines] for ax in (here, there)]
     assert lines == [[[(1.0, 85.0), (3.0, 91.0)], [(1.0, 85.0), (3.0, 90.5)]], [[(1.0, 85.0), (3.0, 92.0)]]]
     assert here.lines[0].get_label() == "AdvancedCNN, default: 91.00 % (1)"
     assert here.get_xlabel() == "minutes on a CPU" and there.get_xlabel() == "minutes on another"
     assert (here.get_xlim(), here.get_ylim()) == (there.get_xlim(), there.get_ylim())
+
+
+def test_a_figure_shows_means_over_the_operations_and_the_points_of_others():
+    runs = table_of(made_up(accuracy=93.0), made_up(seed=1, accuracy=94.0), made_up(precision="float32", accuracy=10.0))
+    (ax,) = build.plot_operations(runs).axes
+    points = [
+        tuple(map(float, (*line.get_xdata(), *line.get_ydata()))) for line in ax.lines if line.get_marker() != "None"
+    ]
+    assert points[:2] == [(0.25, 93.5), (0.25, 94.25)]  # one pass, six views
+    assert points[2:] == [
+        (row["PFLOP"], row[name])
+        for _, row in build.THEIRS.iterrows()
+        for name in ("one pass", "6 views")
+        if row[name] > 0
+    ]
+    assert [text.get_text() for text in ax.texts] == ["default", *build.THEIRS["name"]]
 
 
 # -- publishing ----------------------------------------------------------------------------------------------------
@@ -232,7 +258,7 @@ def test_publishing_copies_the_record_and_never_replaces_one(run, tmp_path):
         ({"data": "CIFAR-100 coarse, class folders"}, "images of CIFAR-100"),
         ({"world_size": 2}, "trained by 2 processes"),
         ({"n_train": 45_000, "n_test": 5_000}, "45,000 and 5,000 images"),
-        ({"batch_size": 64}, "batches of 64 images"),
+        ({"config": asdict(Config.named("fast", epochs=2, batch_size=64))}, "its recipe is not one of default, "),
         ({"history": {"seconds": [1.0], "test_accuracy": [90.0]}}, "not finished"),
         ({"resumed": 2}, "resumed 2 times; only unbroken"),
         ({"parts": [{}, {}]}, "resumed 1 time; only unbroken"),  # as older versions wrote
