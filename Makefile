@@ -1,7 +1,7 @@
 # make run      train, plot and analyse: executes the notebook to runs/Session_8.ipynb and .html
 # make test     run the tests, two at a time
 # make test-colab   run them with Google Colab's package versions; FULL=1: with its PyTorch as well
-# make results  write the tables and figures of README.md and docs/ from results/; the mistakes with DATA_ROOT=DIR
+# make results  write the tables and figures of README.md, results/ and docs/ from the records in results/
 # make lint     ruff's check and format check, and mypy over the package
 # make clean    delete the environments
 #
@@ -72,7 +72,7 @@ test-colab: $(COLAB)/installed
 	$(COLAB)/bin/python -m pytest -n 2 --dist loadgroup -m 'not xdist_group' -k 'not whole_notebook' $(COLAB_TESTS)
 
 results: $(VENV)/installed
-	$(BIN)/python -m results.build $${DATA_ROOT:+"$$DATA_ROOT"}
+	$(BIN)/python -m results.build
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

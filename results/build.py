@@ -1,12 +1,10 @@
 """Write the tables and figures of README.md, results/ and docs/ from the records and weights in this folder.
 
-`make results` runs `python -m results.build`. With a folder of CIFAR-10, it also draws the mistakes:
-`make results DATA_ROOT=DIR`.
+`make results` runs `python -m results.build`.
 """
 
 import hashlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from session8.analysis import misclassified
-from session8.checkpoint import load_model
 from session8.config import RECIPES, Config
-from session8.data import load_cifar10
-from session8.evaluation import collect_logits
-from session8.plots import plot_misclassified
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
@@ -31,7 +24,6 @@ SECTIONS = {
     "weights": RESULTS / "MODEL_CARD.md",
     "benchmarks": ROOT / "docs" / "benchmarks.md",
 }
-WEIGHTS = RESULTS / "AdvancedCNN_fast_seed0_bfloat16.safetensors"  # whose mistakes are shown
 FAST = Config.named("fast")
 # The named recipes, and `fast` without one of its parts, in the order of the tables.
 NAMED = {
@@ -277,14 +269,6 @@ def _points(ax, row, name, color, marker):
 FIGURES = {"minutes.png": plot_minutes, "operations.png": plot_operations}
 
 
-def plot_mistakes(data: str) -> Figure:
-    """Plot the most confident mistakes of the published weights on the test images in the folder `data`."""
-    _, test_split = load_cifar10(data)
-    model, about = load_model(WEIGHTS)
-    logits = collect_logits(model, test_split, Config(**about["config"]))
-    return plot_misclassified(test_split, misclassified(logits, test_split.labels), rows=2)
-
-
 def fingerprint(*paths: Path) -> str:
     """Return a SHA-256 of files; a figure carries that of its sources as the text "Source"."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
@@ -310,18 +294,15 @@ def sections() -> dict[str, str]:
     }
 
 
-def main(data: str | None = None):
+def main():
     runs = table_of_runs(read_records())
     source = {"Source": fingerprint(*RESULTS.glob("*.json"))}
     for name, plot in FIGURES.items():
         plot(runs).savefig(RESULTS / name, bbox_inches="tight", metadata=source)
-    if data:
-        source = {"Source": fingerprint(WEIGHTS)}
-        plot_mistakes(data).savefig(RESULTS / "mistakes.png", bbox_inches="tight", metadata=source)
     for name, content in sections().items():
         before, _, after = split_section(name)
         SECTIONS[name].write_text(before + content + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
