@@ -52,15 +52,15 @@ NAMED = {
 AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
 CHENYAOFO = "https://github.com/chenyaofo/pytorch-cifar-models"
 HIVERGE = "https://github.com/hiverge/cifar10-speedrun"
-COLUMNS = ["name", "source", "epochs", "MACs", "PFLOP", "one pass", "6 views", "runs"]
+COLUMNS = ["name", "source", "epochs", "MACs", "PFLOP", "one pass", "6 views", "runs", "label"]
 THEIRS = pd.DataFrame(
     [
-        ("ResNet-20, He et al. 2015", "https://arxiv.org/abs/1512.03385", 164, 40.6e6, 1.99, 91.25, None, 1),
-        ("ResNet-20, chenyaofo", CHENYAOFO, 200, 40.8e6, 2.45, 92.60, None, 1),
-        ("ResNet-56, chenyaofo", CHENYAOFO, 200, 126e6, 7.55, 94.37, None, 1),
-        ("airbench94_muon, Jordan", AIRBENCH, 8, 118e6, 0.284, None, 94.01, 200),
-        ("airbench95, Jordan 2024", AIRBENCH, 15, None, 1.4, None, 95.01, None),
-        ("cifar10-speedrun, Hiverge", HIVERGE, 7.6, None, 0.265, 93.18, 94.007, 200),
+        ("ResNet-20, He et al. 2015", "https://arxiv.org/abs/1512.03385", 164, 40.6e6, 1.99, 91.25, None, 1, "right"),
+        ("ResNet-20, chenyaofo", CHENYAOFO, 200, 40.8e6, 2.45, 92.60, None, 1, "right"),
+        ("ResNet-56, chenyaofo", CHENYAOFO, 200, 126e6, 7.55, 94.37, None, 1, "above"),
+        ("airbench94_muon, Jordan", AIRBENCH, 8, 118e6, 0.284, None, 94.01, 200, "right"),
+        ("airbench95, Jordan 2024", AIRBENCH, 15, None, 1.4, None, 95.01, None, "right"),
+        ("cifar10-speedrun, Hiverge", HIVERGE, 7.6, 118e6, 0.265, 93.18, 94.007, 200, "below"),
     ],
     columns=COLUMNS,
 )
@@ -244,26 +244,32 @@ def plot_operations(runs: pd.DataFrame) -> Figure:
     runs = runs[runs["recipe"].isin(RECIPES) & (runs["arithmetic"] != "float32")]
     for (network, recipe), group in runs.groupby(["network", "recipe"], observed=True):
         means, name = group[["PFLOP", "one pass", "6 views"]].mean(), f"{recipe}, {network}"
-        _points(ax, means, name.removesuffix(", AdvancedCNN"), COLORS[recipe], "o" if network == "AdvancedCNN" else "s")
+        marker = "o" if network == "AdvancedCNN" else "s"
+        _points(ax, means, name.removesuffix(", AdvancedCNN"), COLORS[recipe], marker, "left")
     for _, row in THEIRS.iterrows():
-        _points(ax, row, row["name"], "0.4", "D")
+        _points(ax, row, row["name"], "0.4", "D", row["label"])
     ax.set_xscale("log")
     ticks = [0.2, 0.5, 1, 2, 5, 10]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.set(xlim=(0.15, 12), ylim=(89, None), xlabel="operations of training (PFLOP)", ylabel="test accuracy (%)")
+    ax.set(xlim=(0.12, 14), ylim=(None, 95.5), xlabel="operations of training (PFLOP)", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     ax.set_title("Filled: six views of each image. Hollow: one pass. Grey: published by others", fontsize=10)
     return figure
 
 
-def _points(ax, row, name, color, marker):
+def _points(ax, row, name, color, marker, label):
+    """Draw the accuracies of one training, and its name on a side of the upper one, or below the lower one."""
     accuracies = [(row["one pass"], "none"), (row["6 views"], color)]
     known = [(accuracy, face) for accuracy, face in accuracies if not pd.isna(accuracy)]
     ax.plot([row["PFLOP"]] * len(known), [accuracy for accuracy, _ in known], color=color, linewidth=0.8)
     for accuracy, face in known:
         ax.plot(row["PFLOP"], accuracy, marker, color=color, markerfacecolor=face)
-    ax.annotate(name, (row["PFLOP"], known[-1][0]), (5, 4), textcoords="offset points", fontsize=8, color=color)
+    offset, align = {"left": ((-6, 3), "right"), "right": ((7, -3), "left"), "above": ((0, 7), "center")}.get(
+        label, ((0, -13), "center")
+    )
+    place = (row["PFLOP"], known[0 if label == "below" else -1][0])
+    ax.annotate(name, place, offset, textcoords="offset points", ha=align, fontsize=8, color=color)
 
 
 FIGURES = {"minutes.png": plot_minutes, "operations.png": plot_operations}
