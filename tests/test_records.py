@@ -326,12 +326,12 @@ def test_published_records_of_earlier_versions_are_read(tmp_path, capsys):
         (tmp_path / path.stem).mkdir()
         shutil.copy(path, tmp_path / path.stem / "record.json")
     runs = read_runs(tmp_path)
-    assert len(runs) == len(published) > 20 and capsys.readouterr().out == ""
+    assert len(runs) == len(published) > 3 and capsys.readouterr().out == ""
     table = runs_table(runs)
     means = table.groupby([run["group"] for run in runs])["accuracy"].agg(["mean", "std", "count"])
-    same = means.loc["AdvancedCNN, fast, arithmetic bfloat16, device Intel(R) Xeon(R) Processor, 2 threads"]
-    # 93.62, 93.28 and 93.41 %, seeds 3 to 5.
-    assert list(same) == pytest.approx([93.4367, 0.1716, 3], abs=1e-4)
+    (same,) = (means.loc[name] for name in means.index if "AdvancedCNN, one_cycle" in name and "AMD EPYC" in name)
+    # 93.01, 93.11 and 93.16 %, seeds 0 to 2.
+    assert list(same) == pytest.approx([93.0933, 0.0764, 3], abs=1e-4)
 
 
 def test_bad_input_damaged_and_foreign_records_are_named_and_skipped(write, tmp_path, capsys):
