@@ -59,7 +59,7 @@ THEIRS = pd.DataFrame(
         ("ResNet-20, chenyaofo", CHENYAOFO, 200, 40.8e6, 2.45, 92.60, None, 1, "right"),
         ("ResNet-56, chenyaofo", CHENYAOFO, 200, 126e6, 7.55, 94.37, None, 1, "above"),
         ("airbench94_muon, Jordan", AIRBENCH, 8, 118e6, 0.284, None, 94.01, 200, "right"),
-        ("airbench95, Jordan 2024", AIRBENCH, 15, None, 1.4, None, 95.01, None, "right"),
+        ("airbench95, Jordan 2024", AIRBENCH, None, None, 1.4, None, 95.01, None, "right"),
         ("cifar10-speedrun, Hiverge", HIVERGE, 7.6, 118e6, 0.265, 93.18, 94.007, 200, "below"),
     ],
     columns=COLUMNS,

@@ -90,7 +90,7 @@ class Muon(torch.optim.SGD):
         momentum = gradient.add(buffer, alpha=group["momentum"])
         direction = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
         update = orthogonalize(direction.flatten(1).to(self.dtype)).view_as(filters)
-        updated = (filters * (len(filters) ** 0.5 / filters.norm())).sub_(update, alpha=group["lr"])
+        updated = (filters * (len(filters) ** 0.5 / (filters.norm() + 1e-7))).sub_(update, alpha=group["lr"])
         for tensor, new in ((buffer, momentum), (filters, updated)):
             tensor.copy_(new if overflow is None else torch.where(overflow > 0, tensor, new))
 
@@ -103,7 +103,7 @@ def convolution_filters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Return (M, N) with its singular values moved near 1, between about 0.4 and 1.2 unless they were tiny."""
+    """Return (M, N) with the same singular vectors and with singular values moved towards 1, approximately."""
     a, b, c = COEFFICIENTS
     x = matrix if len(matrix) <= matrix.shape[1] else matrix.T  # the smaller Gram matrix
     x = x / (x.norm() + 1e-7)

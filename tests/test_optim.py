@@ -108,6 +108,14 @@ def test_a_step_of_float16_that_overflows_is_left_out_and_others_do_not_depend_o
         assert not first.requires_grad or not torch.equal(low, first)
 
 
+def test_filters_that_start_at_zero_are_trained(synthetic):
+    model = network()
+    nn.init.zeros_(model[4].weight)
+    images, labels = (torch.from_numpy(values[:32]) for values in (synthetic[0].images, synthetic[0].labels))
+    train_step(model, images, labels, make_optimizer(model, MUON), make_scaler(MUON, CPU), MUON, CPU)
+    assert model[4].weight.isfinite().all() and model[4].weight.any()
+
+
 def test_filters_are_those_of_convolutions_once_and_not_computed_ones():
     shared = nn.Conv1d(4, 4, 3)
     with_norm = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
