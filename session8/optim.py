@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     # Unfused, SGD synchronises with the GPU in every step that scales the loss for float16.
     fused = device.type == "cuda"
     settings: dict[str, Any] = dict(lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.SGD
     if muon:
         if not filters:
             raise ValueError(
@@ -46,10 +46,11 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         optimizer = Muon(groups, dtype, **settings)
     else:
         optimizer = torch.optim.SGD(groups, **settings)
-    if isinstance(optimizer, torch.optim.SGD) and (config.momentum or muon):
+    if config.momentum or muon:
         # SGD creates its buffers in the first step. If it overflows in float16, the fused kernel leaves them undefined.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    set_lr(optimizer, config.lr)
     return optimizer
 
 
@@ -64,23 +65,30 @@ class Muon(torch.optim.SGD):
     """SGD whose groups with `orthogonal=True`, of convolution filters, take steps of orthogonalised momentum.
 
     A tensor of filters counts as a matrix of shape (output channels, the rest). Before each step it is scaled to the
-    Frobenius norm sqrt(output channels). Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks";
-    the scaling and the constants are those of airbench94_muon. PyTorch's Muon takes matrices only.
+    Frobenius norm sqrt(output channels). A step sets the gradients of the filters to None.
+
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the scaling is that of
+    airbench94_muon. PyTorch's Muon takes matrices only.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32, **settings):
         """dtype: of the Newton-Schulz iterations. settings: of SGD."""
         super().__init__(groups, **settings)
-        self.dtype = dtype
+        self.defaults["dtype"] = dtype  # copied with the optimizer; not in its state, which may move to another device
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for filters in group["params"] if group.get("orthogonal") else []:
                 if filters.grad is not None:
                     self._step_filters(filters, group)
                     filters.grad = None  # SGD, below, leaves these parameters out
-        return super().step(closure)
+        super().step()
+        return loss
 
     def _step_filters(self, filters, group):
         # A fused optimizer receives the gradient's scale and whether it overflowed from the GradScaler, as tensors.
@@ -89,15 +97,16 @@ class Muon(torch.optim.SGD):
         buffer = self.state[filters]["momentum_buffer"]
         momentum = gradient.add(buffer, alpha=group["momentum"])
         direction = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonalize(direction.flatten(1).to(self.dtype)).view_as(filters)
+        update = orthogonalize(direction.flatten(1).to(self.defaults["dtype"])).view_as(filters)
         updated = (filters * (len(filters) ** 0.5 / (filters.norm() + 1e-7))).sub_(update, alpha=group["lr"])
         for tensor, new in ((buffer, momentum), (filters, updated)):
             tensor.copy_(new if overflow is None else torch.where(overflow > 0, tensor, new))
 
 
 def convolution_filters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable filters of a model's convolutions."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    """Return the trainable filters of a model's convolutions, without those of grouped convolutions."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    weights = [m.weight for m in convolutions if m.groups == 1]  # filters of several groups are not one matrix
     # A parametrized weight, such as one of spectral norm, is computed: its parameters are trained by SGD.
     return [w for w in dict.fromkeys(weights) if isinstance(w, nn.Parameter) and w.requires_grad]
 

@@ -1,5 +1,6 @@
 """Muon against the singular value decomposition and steps written out in NumPy."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -62,7 +63,8 @@ def test_steps_agree_with_muon_and_sgd_written_out(changes, synthetic, device):
     for step, part in enumerate((slice(0, 32), slice(32, 64), slice(64, 96))):
         rate = 1 / (1 + step)  # a schedule changes both rates alike
         images, labels = torch.from_numpy(synthetic[0].images[part]), torch.from_numpy(synthetic[0].labels[part])
-        set_lr(optimizer, rate * config.lr)
+        if step:  # the first rates are those of a new optimizer
+            set_lr(optimizer, rate * config.lr)
         train_step(ours, images, labels, optimizer, scaler, config, device)
         log_probs = theirs(normalize(images, CPU).double()).log_softmax(1)
         targets = (1 - config.label_smoothing) * F.one_hot(labels, 10) + config.label_smoothing / 10
@@ -87,7 +89,7 @@ def test_steps_agree_with_muon_and_sgd_written_out(changes, synthetic, device):
 ])  # fmt: skip
 def test_the_iterations_are_in_bfloat16_where_the_recipe_computes_in_it(precision, capability, dtype):
     with fake_cuda(capability):
-        assert make_optimizer(network("cuda"), replace(MUON, precision=precision)).dtype == dtype
+        assert make_optimizer(network("cuda"), replace(MUON, precision=precision)).defaults["dtype"] == dtype
 
 
 def test_a_step_of_float16_that_overflows_is_left_out_and_others_do_not_depend_on_the_scale(synthetic):
@@ -116,14 +118,41 @@ def test_filters_that_start_at_zero_are_trained(synthetic):
     assert model[4].weight.isfinite().all() and model[4].weight.any()
 
 
+def test_a_closure_is_called_once_and_a_copy_takes_the_same_steps(synthetic):
+    images = normalize(torch.from_numpy(synthetic[0].images[:32]), CPU)
+    labels = torch.from_numpy(synthetic[0].labels[:32])
+    one = network()
+    two, (other, copied) = deepcopy(one), deepcopy((one, make_optimizer(one, MUON)))
+    losses = []
+    for model, optimizer in ((one, make_optimizer(one, MUON)), (two, make_optimizer(two, MUON)), (other, copied)):
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            losses.append(loss)
+            return loss
+
+        for _ in range(2):
+            if model is one:
+                closure()
+                optimizer.step()
+            else:
+                assert optimizer.step(closure) is losses[-1]
+    assert len(losses) == 6 and losses[0] != losses[1]
+    for p, q, r in zip(one.parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(p, r)
+
+
 def test_filters_are_those_of_convolutions_once_and_not_computed_ones():
     shared = nn.Conv1d(4, 4, 3)
     with_norm = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
     model = nn.Sequential(with_norm, shared, shared, nn.Conv3d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3), nn.Linear(3, 3))
+    model.append(nn.Conv2d(4, 4, 3, groups=2))
     assert [p.shape for p in convolution_filters(model)] == [(4, 4, 3), (2, 2, 3, 3, 3)]
     optimizer = make_optimizer(model, MUON)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    assert isinstance(optimizer, Muon) and {*parameters} == {*model.parameters()} and len(parameters) == 10
+    assert isinstance(optimizer, Muon) and {*parameters} == {*model.parameters()} and len(parameters) == 12
 
 
 def test_bad_input_a_network_without_filters(synthetic, tmp_path):
