@@ -47,17 +47,17 @@ class Config:
     batch_size: int | None = None
     """Images per step. None: 128 on an accelerator, 64 on a CPU."""
     lr: float = 0.01
-    """Learning rate; for the one_cycle schedule, its peak."""
+    """Learning rate of SGD; for the one_cycle schedule, its peak."""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """Of the convolution filters; Muon orthogonalises their momentum. All other parameters are trained by SGD."""
+    """Optimizer of the convolution filters; Muon orthogonalises their momentum. All other parameters have SGD."""
     muon_lr: float = 0.04
-    """Learning rate of the filters under Muon; it follows the same schedule as lr."""
+    """Learning rate of Muon; it follows the same schedule as lr."""
     momentum: float = 0.9
     """Momentum of SGD and Muon."""
     nesterov: bool = False
     """Use Nesterov momentum."""
     weight_decay: float = 0.0
-    """L2 penalty on weights; not applied to biases and batch norm."""
+    """L2 penalty on weights; not applied to biases, batch norm and filters that Muon trains."""
     bias_lr_scale: float = 1.0
     """Factor on the learning rate of batch norm's biases."""
     ema_decay: float = 0.0

@@ -1,7 +1,7 @@
 """Training: `fit` is the whole loop, `train_step` one step of it.
 
 Data flow: uint8 images; augmented uint8 batches, made on the host or by a DeviceLoader on the GPU; normalisation on the
-device; network; log-probabilities; negative log-likelihood (NLL); SGD.
+device; network; log-probabilities; negative log-likelihood (NLL); the optimizer.
 """
 
 import math
@@ -190,7 +190,7 @@ def train_step(
     weight: float = 1.0,
     size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step of SGD on images, uint8 (B, 32, 32, 3), and labels, int64 (B,).
+    """Take one step of the optimizer on images, uint8 (B, 32, 32, 3), and labels, int64 (B,).
 
     weight: factor on the loss. size: side in pixels to which the images are scaled down first.
 
@@ -219,5 +219,5 @@ class TrainingDiverged(RuntimeError):
         """first, last: batches of the epoch, any of which may be the cause; like the epoch, counted from 0."""
         super().__init__(
             f"{what} in epoch {epoch + 1}, Batch_id={first} to {last}, at a learning rate of {lr:.4g}: use a smaller "
-            "lr, or schedule='one_cycle', which starts with a small one"
+            "lr, with Muon also a smaller muon_lr, or schedule='one_cycle', which starts with a small one"
         )
