@@ -36,6 +36,7 @@ NAMED = {
         lr=0.1,
         momentum=0.9,
         lr_end=0.05,
+        warmup=0.25,
         weight_decay=6e-4,
         bias_lr_scale=16.0,
         ema_decay=0.996,

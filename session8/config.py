@@ -21,14 +21,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     # 2024), with less augmentation than `one_cycle`.
     "fast": dict(
         epochs=9, batch_size=512, width=1.75, optimizer="muon", muon_lr=0.04, schedule="one_cycle", lr=0.4,
-        lr_start=0.2, lr_end=0.02, momentum=0.85, nesterov=True, bias_lr_scale=15.0, ema_decay=0.98,
+        lr_start=0.2, lr_end=0.02, warmup=0.05, momentum=0.85, nesterov=True, bias_lr_scale=15.0, ema_decay=0.98,
         label_smoothing=0.2, dropout=0.0, padding="reflect", crop_padding=2, flip="alternate", low_res_epochs=4,
         low_res_size=24,
     ),
     # `fast` for longer, with a wider network and stronger augmentation.
     "accurate": dict(
         epochs=19, batch_size=512, width=2.5, optimizer="muon", muon_lr=0.04, schedule="one_cycle", lr=0.4,
-        lr_start=0.2, lr_end=0.02, momentum=0.85, nesterov=True, bias_lr_scale=15.0, ema_decay=0.98,
+        lr_start=0.2, lr_end=0.02, warmup=0.05, momentum=0.85, nesterov=True, bias_lr_scale=15.0, ema_decay=0.98,
         label_smoothing=0.1, cutout=8, dropout=0.0, padding="reflect", flip="alternate", low_res_epochs=10,
         low_res_size=24,
     ),

@@ -92,13 +92,12 @@ def test_without_cifar10_the_stand_in_is_announced_and_trained_for_few_epochs(re
     assert names["config"].epochs == real
 
 
-def test_the_run_of_the_command_in_section_6_is_shown(tmp_path, monkeypatch, capsys):
+def test_the_run_of_the_command_line_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     class_folders(tmp_path / "images", per_train=6, per_test=4)  # one batch
-    notebook = nbformat.read(ROOT / "Session_8.ipynb", as_version=4)
-    text = next(cell.source for cell in notebook.cells if "torchrun" in cell.source)
-    options = re.search(r"torchrun .* (train.py .*)", text)[1].split()
-    monkeypatch.setattr(sys, "argv", [*options, "--epochs", "1", "--data", "images", "--device", "cpu"])
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    options = re.search(r"constants of the notebook as options, such as `(.*)`", text)[1].split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *options, "--epochs", "1", "--data", "images", "--device", "cpu"])
     train.main()
     trained = capsys.readouterr().out
     names = {}
