@@ -66,6 +66,9 @@ THEIRS = pd.DataFrame(
     columns=COLUMNS,
 )
 COLORS = {"default": "C0", "one_cycle": "C1", "fast": "C2", "accurate": "C3"}
+LABELS = {  # offset in points and alignment of a name on each side of its point
+    "left": ((-6, 3), "right"), "right": ((7, -3), "left"), "above": ((0, 7), "center"), "below": ((0, -13), "center"),
+}  # fmt: skip
 STYLES = {"AdvancedCNN": "-", "ResNet20": "--"}
 # Runs that are equal in these columns differ in the seed only. Tables are sorted by them.
 SAME = ["network", "recipe", "epochs", "MACs", "PFLOP", "batch_size", "data_fingerprint"]
@@ -251,11 +254,11 @@ def plot_operations(runs: pd.DataFrame) -> Figure:
     ax.set_xscale("log")
     ticks = [0.2, 0.5, 1, 2, 5, 10]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    # Logarithmic in the error: half a point counts for more near the top.
     ax.set_yscale("function", functions=(lambda y: -np.log(100 - y), lambda y: 100 - np.exp(-y)))
     ax.set_yticks([85, 88, 90, 92, 93, 94, 95])
     ax.minorticks_off()
-    ax.set(xlim=(0.12, 14), ylim=(84, 95.8), xlabel="operations of training (PFLOP)", ylabel="test accuracy (%)")
+    ax.set(xlim=(0.12, 14), ylim=(84, 95.8))
+    ax.set(xlabel="operations of training (PFLOP)", ylabel="test accuracy (%),\nlogarithmic in the error")
     ax.grid(alpha=0.3)
     ax.set_title("Filled: six views of each image. Hollow: one pass. Grey: published by others", fontsize=10)
     return figure
@@ -268,9 +271,7 @@ def _points(ax, row, name, color, marker, label):
     ax.plot([row["PFLOP"]] * len(known), [accuracy for accuracy, _ in known], color=color, linewidth=0.8)
     for accuracy, face in known:
         ax.plot(row["PFLOP"], accuracy, marker, color=color, markerfacecolor=face)
-    offset, align = {"left": ((-6, 3), "right"), "right": ((7, -3), "left"), "above": ((0, 7), "center")}.get(
-        label, ((0, -13), "center")
-    )
+    offset, align = LABELS[label]
     place = (row["PFLOP"], known[0 if label == "below" else -1][0])
     ax.annotate(name, place, offset, textcoords="offset points", ha=align, fontsize=8, color=color)
 
