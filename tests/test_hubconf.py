@@ -12,10 +12,7 @@ from session8.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 
 
-PUBLISHED = [path.stem.split("_")[1] for path in sorted((ROOT / "results").glob("*.safetensors"))]
-
-
-@pytest.mark.parametrize("weights", PUBLISHED)
+@pytest.mark.parametrize("weights", hubconf.WEIGHTS)
 def test_torch_hub_loads_the_published_weights(weights):
     model = torch.hub.load(str(ROOT), "advanced_cnn", weights=weights, source="local")
     recipe = Config.named(weights)
