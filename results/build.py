@@ -275,7 +275,7 @@ def plot_operations(runs: pd.DataFrame) -> Figure:
     ax.set_yscale("function", functions=(lambda y: -np.log(100 - y), lambda y: 100 - np.exp(-y)))
     ax.set_yticks([88, 90, 92, 93, 94, 95])
     ax.minorticks_off()
-    ax.set(xlim=(0.12, 14), ylim=(88, 95.8))
+    ax.set(xlim=(0.17, 11), ylim=(88, 95.8))
     ax.set(xlabel="operations of training (PFLOP)", ylabel="test accuracy (%),\nlogarithmic in the error")
     ax.grid(alpha=0.3)
     ax.set_title("Filled: six views of each image. Hollow: one pass. Grey: published by others", fontsize=10)
