@@ -13,6 +13,7 @@ from pathlib import Path
 from results.build import NAMED, RESULTS, STYLES, recipe_name
 from session8.console import plural
 from session8.evaluation import VIEWS
+from session8.records import EDITED
 
 
 def published_name(record: dict) -> str:
@@ -34,6 +35,9 @@ def published_name(record: dict) -> str:
         f"it was trained by {processes} processes, not one": processes == 1,
         f"the commit of its code is {commit}": re.fullmatch("[0-9a-f]{40}", commit),
         "it has no accuracy with several views": set(record["views"]) == {str(n) for n in VIEWS[1:]},
+        f"its augmentation is {record.get('transform')}": record.get("transform") is None,
+        "its network had been trained before": not record.get("trained_before"),
+        "a source file was edited since the import": EDITED not in record["sources"].values(),
     }
     for reason, passed in checks.items():
         if not passed:
@@ -51,9 +55,9 @@ def publish(run: str | Path, weights: bool = False, results: Path = RESULTS) -> 
     copy = results / f"{name}.json"
     if copy.exists():
         raise ValueError(f"not published: '{copy}' exists; delete it to replace it")
-    shutil.copyfile(run / "record.json", copy)
     if weights:
         shutil.copyfile(run / "model.safetensors", copy.with_suffix(".safetensors"))
+    shutil.copyfile(run / "record.json", copy)
     return copy
 
 

@@ -14,7 +14,6 @@ from results import build
 from results.publish import publish, published_name
 from session8.checkpoint import load_model
 from session8.config import RECIPES, Config
-from session8.device import device_name
 from session8.network import count_macs
 from session8.records import final_metrics
 from train import evaluate
@@ -42,8 +41,8 @@ def percent(values):
     return f"{mean(values):.2f}{f' ± {stdev(values):.2f}' if len(values) > 1 else ''} %"
 
 
-@pytest.mark.parametrize("section, others", [("results", ""), ("parts of fast", " (with|without) .*")])
-def test_the_published_rows_are_means_over_the_records(section, others):
+@pytest.mark.parametrize("section", ["results", "parts of fast"])
+def test_the_published_rows_are_means_over_the_records(section):
     """A row's runs are found by the names of their files."""
     shown = []
     for row in rows(build.split_section(section)[1].split("Published by others")[0]):
@@ -56,6 +55,8 @@ def test_the_published_rows_are_means_over_the_records(section, others):
         assert row["6 views"] == percent([run["views"]["6"] for run in runs])
         if section == "results":
             assert row["minutes"] == f"{mean(sum(run['history']['seconds']) / 60 for run in runs):.1f}"
+            assert row["batch"] == str(runs[0]["batch_size"]) and row["epochs"] == str(runs[0]["config"]["epochs"])
+        assert row["PFLOP"] == f"{mean(run['pflop'] for run in runs):.3f}"
     recipe = "AdvancedCNN_fast(_with.*)?" if section == "parts of fast" else f"[^_]*_({'|'.join(RECIPES)})"
     expected = [name for name in RECORDS if re.fullmatch(f"{recipe}_seed[0-9]+_[a-z0-9]+", name)]
     assert sorted(shown) == sorted(name for name in expected if section == "results" or "float32" not in name)
@@ -81,7 +82,17 @@ def test_the_table_of_weights_shows_the_record_beside_each_file():
     for path, row in zip(WEIGHTS, table, strict=True):
         record = RECORDS[path.stem]
         assert row["one pass"] == f"{record['history']['test_accuracy'][-1]:.2f} %"
+        assert row["2 views"] == f"{record['views']['2']:.2f} %" and row["6 views"] == f"{record['views']['6']:.2f} %"
         assert row["NLL"] == f"{record['history']['test_loss'][-1]:.3f}" and record["commit"].startswith(row["commit"])
+
+
+def test_the_operations_of_others_are_counted_as_ours():
+    """Six operations per MAC and image; the epochs are those of 50,000 images. Jordan states 0.29 and 1.39 PFLOP."""
+    text = build.split_section("results")[1].split("Published by others")[1]
+    theirs = {row["network"].split("]")[0][1:]: row for row in rows(text)}
+    assert theirs["airbench94_muon"]["PFLOP"] == f"{6 * 118.15 * 8 * 50_000 / 1e9:.3f}"
+    assert theirs["airbench95"]["PFLOP"] == f"{6 * 301.5 * 15 * 48 * 1024 / 1e9:.3f}"
+    assert theirs["cifar10-speedrun, Hiverge"]["PFLOP"] == f"{6 * 118.15 * 245 * 1536 / 1e9:.3f}"
 
 
 def test_the_page_of_benchmarks_shows_their_records():
@@ -191,7 +202,9 @@ def test_the_summary_has_the_accuracy_of_the_device_with_most_runs_and_the_minut
     )
     assert build.summary_section(runs) == (
         "`fast` reaches 94.00 % in 35 minutes on two CPU cores (1 run), "
-        "and 95.50 % in 22 seconds on an H100 (2 runs).\n\n"
+        "and 95.50 % in 22 seconds on an H100 (2 runs). "
+        "With six views of each image, it reaches 96.25 % after 0.250 PFLOP of training. The lowest published figure "
+        "for 94 % that we know is 0.267 PFLOP ([cifar10-speedrun, Hiverge](https://github.com/hiverge/cifar10-speedrun)).\n\n"
         "| recipe | accuracy | with six views | minutes: two CPU cores / an H100 |\n| --- | ---: | ---: | ---: |\n"
         "| `default` | 91.00 % | 91.75 % | 41 / 2.2 |\n"
         "| `fast` | 95.50 % | 96.25 % | 35 / 0.38 |\n"
@@ -284,6 +297,9 @@ def test_publishing_copies_the_record_and_never_replaces_one(run, tmp_path):
         ({"commit": f"{'0' * 40}-dirty"}, "commit of its code is 0+-dirty"),
         ({"commit": None}, "commit of its code is none"),
         ({"views": {}}, "no accuracy with several views"),
+        ({"transform": "Compose([])"}, r"its augmentation is Compose\(\[\]\)"),
+        ({"trained_before": True}, "its network had been trained before"),
+        ({"sources": {"training.py": "edited since the import"}}, "a source file was edited since the import"),
         ({"config": {"future": 7}}, "not a record of this project"),
         ("[]", "not a record of this project"),
         ('{"answer": 42}', "not a record of this project"),
@@ -311,6 +327,5 @@ def test_published_weights_agree_with_their_record(path):
 def test_published_weights_reach_the_accuracy_of_their_record(path, real_root):
     record = RECORDS[path.stem]
     measured = evaluate(path, real_root, "cpu")
-    here, there = (name.rpartition(",")[0] for name in (device_name("cpu"), record["device"]))
     expected = {1: record["history"]["test_accuracy"][-1], 2: record["views"]["2"], 6: record["views"]["6"]}
-    assert measured == (expected if here == there else pytest.approx(expected, abs=0.1))
+    assert measured == pytest.approx(expected, abs=0.1)  # another device rounds differently
