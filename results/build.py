@@ -181,8 +181,8 @@ def summary_section(runs: pd.DataFrame) -> str:
                 reached.append(f"{accuracy:.2f} % in {time} on {place} ({plural(len(group), 'run')})")
             theirs = THEIRS[THEIRS["6 views"] >= 94].sort_values("PFLOP").iloc[0]
             operations = (
-                f"With six views of each image, it reaches {means['6 views']:.2f} % after {some['PFLOP'].iloc[0]:.3f} "
-                f"PFLOP of training. The lowest published figure for 94 % that we know is {theirs['PFLOP']:.3f} PFLOP "
+                f"With six views it reaches {means['6 views']:.2f} % after {some['PFLOP'].iloc[0]:.3f} PFLOP of "
+                f"training; the lowest published figure for 94 % that we know is {theirs['PFLOP']:.3f} "
                 f"([{theirs['name']}]({theirs['source']})).\n\n"
             )
     sentence = f"`fast` reaches {', and '.join(reached)}. {operations}" if reached else ""
@@ -276,7 +276,7 @@ def plot_operations(runs: pd.DataFrame) -> Figure:
 
     Filled: the mean over six views of each image. Hollow: one pass. Ours are means over the `main_group` of runs.
     """
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.3), layout="constrained")
     ax = figure.subplots()
     runs = runs[runs["recipe"].isin(RECIPES) & (runs["arithmetic"] != "float32")]
     for (network, recipe), group in runs.groupby(["network", "recipe"], observed=True):
