@@ -172,7 +172,8 @@ def summary_section(runs: pd.DataFrame) -> str:
     for recipe, some in ours.groupby("recipe", observed=True):
         groups = main_groups_by_place(some)
         means = main_group(some)[["one pass", "6 views"]].mean()
-        minutes = [f"{groups[place]['minutes'].mean():.2g}" if place in groups else "–" for place in PLACES]
+        means_of_minutes = [groups[place]["minutes"].mean() if place in groups else None for place in PLACES]
+        minutes = ["–" if mean is None else f"{mean:.2g}" if mean < 10 else f"{mean:.0f}" for mean in means_of_minutes]
         rows.append((f"`{recipe}`", *map("{:.2f} %".format, means), " / ".join(minutes)))
         if recipe == "fast":
             for place, group in groups.items():
