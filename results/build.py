@@ -139,7 +139,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row per group of runs that differ in the seed only, with its means as text."""
     accuracies = dict.fromkeys(["one pass", "2 views", "6 views"], mean_and_spread)
     others = {
-        "minutes": lambda values: f"{values.mean():.1f}",
+        "minutes": lambda values: f"{values.mean():.3g}",
         "seed": lambda seeds: ", ".join(map(str, sorted(seeds))),
     }
     table = runs.groupby(SAME, observed=True).agg(accuracies | others).reset_index()
@@ -183,8 +183,8 @@ def summary_section(runs: pd.DataFrame) -> str:
             theirs = THEIRS[THEIRS["6 views"] >= 94].sort_values("PFLOP").iloc[0]
             operations = (
                 f"With six views it reaches {means['6 views']:.2f} % after {some['PFLOP'].iloc[0]:.3f} PFLOP of "
-                f"training; the lowest published figure for 94 % that we know is {theirs['PFLOP']:.3f} "
-                f"([{theirs['name']}]({theirs['source']})).\n\n"
+                f"training; the published result above 94 % with the fewest operations that we know takes "
+                f"{theirs['PFLOP']:.3f} by our count ([{theirs['name']}]({theirs['source']})).\n\n"
             )
     sentence = f"`fast` reaches {', and '.join(reached)}. {operations}" if reached else ""
     columns = ["recipe", "accuracy", "with six views", f"minutes: {' / '.join(PLACES)}"]
