@@ -38,8 +38,8 @@ def lr_range_test(
     device: torch.device | str | None = None,
     start: float = 1e-4,
     end: float = 10.0,
-    steps: int = 200,
-    smoothing: float = 0.95,
+    steps: int | None = None,
+    smoothing: float | None = None,
     transform=None,
 ) -> LRRange:
     """Train while the learning rate grows exponentially from `start` to `end` (Smith 2015, arXiv:1506.01186).
@@ -48,6 +48,9 @@ def lr_range_test(
     test ends early if it is not finite, or more than four times its minimum. The suggestion is the middle of the
     longest valley of the curve, as in fastai's `valley` (Howard and Gugger 2020, arXiv:2002.04688).
 
+    steps: by default 200, with batches of more than 128 images as many as 25,600 images give, but at least 50.
+    smoothing: by default 0.95 with 200 steps, less with fewer, so that it spans the same range of learning rates.
+
     A copy of the model is trained; model and random states (CPU and CUDA) are unchanged. transform: as in `fit`.
 
     Returns an LRRange, an empty one for a network that cannot be copied. Raises ValueError if an argument is out of
@@ -55,11 +58,14 @@ def lr_range_test(
     """
     if not 0 < start < end < math.inf:
         raise ValueError(f"start is {start} and end is {end}; expected 0 < start < end, for instance 1e-4 and 10")
+    device = get_device(device)
+    batch_size = config.batch_size_on(device)
+    steps = min(200, max(50, 25_600 // batch_size)) if steps is None else steps
     if steps < 2:
         raise ValueError(f"steps is {steps}; expected at least 2, for instance 200")
+    smoothing = 0.95 ** (200 / steps) if smoothing is None else smoothing
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing}; expected 0 <= smoothing < 1, for instance 0.95")
-    device = get_device(device)
     try:
         copy = deepcopy(model)
     except Exception as error:  # a network may raise any, for instance with torch.nn.utils.weight_norm
@@ -67,7 +73,6 @@ def lr_range_test(
         return LRRange()
     to_device(copy, device).train()
     optimizer, scaler = make_optimizer(copy, config), make_scaler(config, device)
-    batch_size = config.batch_size_on(device)
     loader = make_loader(train_split, batch_size, True, config.seed, 0, transform, device, config)
     result, average = LRRange(), 0.0
     with fork_rng(device), backend_flags(config):

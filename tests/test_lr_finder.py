@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import CPU, EXACT, Linear, small_network
 
+from session8 import lr_finder
 from session8.config import Config
 from session8.data import MEAN, STD, Split
 from session8.loaders import make_loader
@@ -89,6 +90,21 @@ def test_the_rate_of_biases_is_scaled_as_in_training(synthetic):
     configs = [Config(batch_size=32, bias_lr_scale=scale) for scale in (1, 16)]
     one, other = (lr_range_test(small_network(), synthetic[0], c, CPU, steps=4, end=1).loss for c in configs)
     assert one[0] == other[0] and one != other
+
+
+@pytest.mark.parametrize("batch_size, steps", [(64, 200), (128, 200), (256, 100), (512, 50), (2000, 50)])
+def test_large_batches_take_fewer_steps_and_less_smoothing(batch_size, steps, synthetic, monkeypatch):
+    """A jump of the loss in mid-test has decayed to 8 % after a quarter of the steps, whatever their number."""
+    taken = []
+
+    def train_step(*_):
+        taken.append(1)
+        return torch.tensor(1.0 + (len(taken) > steps // 2)), None
+
+    monkeypatch.setattr(lr_finder, "train_step", train_step)
+    result = lr_range_test(Linear(), synthetic[0], Config(batch_size=batch_size), CPU)
+    assert len(result.lr) == len(taken) == steps
+    assert result.loss[steps * 3 // 4 - 1] == pytest.approx(2 - 0.95**50, abs=0.01)
 
 
 def test_model_and_random_state_are_unchanged_and_do_not_matter(synthetic):
