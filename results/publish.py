@@ -20,7 +20,8 @@ def published_name(record: dict) -> str:
     """Return the file name, without suffix, under which a record is published.
 
     Raises ValueError if it must not be: only whole runs of a named recipe on all training images of CIFAR-10, from
-    start to end in one process with the code of one commit, are published.
+    start to end in one process with the code of one commit, from new weights and with the recipe's augmentation, are
+    published.
     """
     # Records of earlier versions list the parts of a run; one part is an unbroken run.
     resumed = len(record["parts"]) - 1 if "parts" in record else record["resumed"]

@@ -63,8 +63,7 @@ def test_the_published_rows_are_means_over_the_records(section):
 
 
 def test_the_readme_shows_each_recipe_as_the_device_with_most_runs_does():
-    text = build.split_section("summary")[1]
-    shown = rows(text)
+    shown = rows(build.split_section("summary")[1])
     assert [row["recipe"] for row in shown] == [f"`{name}`" for name in RECIPES]
     for row in shown:
         groups = {}
