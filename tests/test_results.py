@@ -205,7 +205,7 @@ def test_the_summary_has_the_accuracy_of_the_device_with_most_runs_and_the_minut
     assert build.summary_section(runs) == (
         "`fast` reaches 94.00 % in 35 minutes on two CPU cores (1 run), "
         "and 95.50 % in 22 seconds on an H100 (2 runs). "
-        "With six views it reaches 96.25 % after 0.250 PFLOP of training; the published result "
+        "With six views, 2 runs average 96.25 % after 0.250 PFLOP of training; the published result "
         "above 94 % with the fewest operations that we know takes 0.267 by our count ([cifar10-speedrun, Hiverge](https://github.com/hiverge/cifar10-speedrun)).\n\n"
         "| recipe | accuracy | with six views | minutes: two CPU cores / an H100 |\n| --- | ---: | ---: | ---: |\n"
         "| `default` | 91.00 % | 91.75 % | 111 / 2.2 |\n"
